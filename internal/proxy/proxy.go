@@ -1,0 +1,88 @@
+// Package proxy is where the parts of the program meet.
+//
+// Data takes one way. An inbound accepts a client, reads what it asks for, and hands over a
+// [Flow] (who wants to go where) with a [Pending] (a client that still waits for its answer).
+// The [Engine] asks its router for a [Dialer], dials, and only then accepts or rejects the
+// client, so that no client is told yes before its origin said yes. Then it relays, and in the
+// end records one line.
+//
+// Inbounds know nothing of outbounds and the other way round; both know this package.
+package proxy
+
+import (
+	"context"
+	"net"
+	"net/netip"
+)
+
+// Flow says who wants to go where. It is set by the inbound and not changed afterwards.
+type Flow struct {
+	Inbound string         // name of the inbound that took it in
+	Client  netip.AddrPort // the client's address; the zero value for a Unix socket
+	Local   netip.AddrPort // the address that the client connected to; zero for a Unix socket
+	User    string         // who the client proved to be; empty without authentication
+	Dst     Addr           // where it wants to go, not resolved
+}
+
+// Pending is a stream whose client still waits to hear whether its destination can be reached.
+// One of Accept and Reject is called, once, and after it Done.
+type Pending interface {
+	// Accept tells the client yes and gives its conn away: the caller closes c.
+	// head is what the client has already sent; it precedes what c yields.
+	// On an error the conn is closed already.
+	Accept() (c net.Conn, head []byte, err error)
+	// Reject tells the client no, as exactly as its protocol can, and closes its conn.
+	Reject(err error)
+	// Done ends the session: its conns are closed, and what it counted against is free again.
+	Done()
+}
+
+// Watched is implemented by a Pending whose client's conn can be watched while the dial goes on:
+// a client that resets its conn does not want the answer any more. A client that half-closes
+// still does.
+type Watched interface {
+	// Conn returns the client's conn. It must neither be read, written nor closed.
+	Conn() net.Conn
+}
+
+// Handler takes sessions over from inbounds.
+type Handler interface {
+	// HandleStream answers p and carries the session. It may return while the session goes on:
+	// the session is over when it calls p.Done. Cancelling ctx aborts the session.
+	HandleStream(ctx context.Context, f Flow, p Pending)
+}
+
+// Inbound takes clients in.
+type Inbound interface {
+	// Listen binds. All that can be wrong with the settings is said here, before traffic flows.
+	Listen(ctx context.Context) error
+	// Serve takes clients until Close and returns after its last session is done.
+	// Cancelling ctx closes the inbound and aborts its sessions.
+	Serve(ctx context.Context, h Handler) error
+	// Close stops accepting; clients that have not finished their handshake are closed,
+	// sessions go on. It may be called twice, and before Serve.
+	Close() error
+}
+
+// Dialer opens streams to destinations: directly, or through an upstream proxy.
+type Dialer interface {
+	// DialStream connects to dst. It returns the bare conn wherever the protocol leaves it bare
+	// after its handshake, with what was read too much put back by [relay.WithHead].
+	// The caller closes the conn. The error says the reason in a form that [ReasonOf] knows.
+	DialStream(ctx context.Context, dst Addr) (net.Conn, error)
+}
+
+// Router chooses the way out for a flow. It does no I/O.
+type Router interface {
+	// Route returns the dialer for f and its name for the log.
+	Route(f Flow) (name string, d Dialer)
+}
+
+// Static is a Router that sends every flow the same way.
+type Static struct {
+	Name   string
+	Dialer Dialer
+}
+
+// Route returns s.
+func (s Static) Route(Flow) (string, Dialer) { return s.Name, s.Dialer }
