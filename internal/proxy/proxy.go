@@ -48,7 +48,8 @@ type Watched interface {
 // Handler takes sessions over from inbounds.
 type Handler interface {
 	// HandleStream answers p and carries the session. It may return while the session goes on:
-	// the session is over when it calls p.Done. Cancelling ctx aborts the session.
+	// the session is over when it calls p.Done. Cancelling ctx gives the dial up; a session that
+	// relays is the handler's to end.
 	HandleStream(ctx context.Context, f Flow, p Pending)
 }
 
@@ -57,7 +58,7 @@ type Inbound interface {
 	// Listen binds. All that can be wrong with the settings is said here, before traffic flows.
 	Listen(ctx context.Context) error
 	// Serve takes clients until Close and returns after its last session is done.
-	// Cancelling ctx closes the inbound and aborts its sessions.
+	// Cancelling ctx closes the inbound, and ends what has not been accepted by then.
 	Serve(ctx context.Context, h Handler) error
 	// Close stops accepting; clients that have not finished their handshake are closed,
 	// sessions go on. It may be called twice, and before Serve.

@@ -1,0 +1,198 @@
+package relay
+
+import (
+	"crypto/tls"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// conn is a side of a pair under the portable engine: the conn and what it can do beyond
+// io.ReadWriteCloser.
+type conn struct {
+	rwc    io.ReadWriteCloser
+	socket socket // the kernel's socket at the bottom; its zero value if there is none
+	bare   bool   // rwc is the socket itself, so that its bytes are the stream's bytes
+	ended  atomic.Bool
+	closer sync.Once
+	unhook func()
+}
+
+func newConn(c io.ReadWriteCloser) *conn {
+	k := &conn{rwc: c}
+	bottom := c
+	if t, ok := c.(*tls.Conn); ok {
+		under, _ := unwrap(t.NetConn())
+		bottom = under
+	}
+	switch t := bottom.(type) { // exactly these: a wrapper that embeds one may see and change bytes
+	case *net.TCPConn:
+		t.SetNoDelay(true)
+		k.socket = newSocket(t, true)
+	case *net.UnixConn:
+		k.socket = newSocket(t, false)
+	}
+	k.bare = bottom == c && k.socket.raw != nil
+	return k
+}
+
+// watch calls failed, once, when the socket fails, whether or not somebody reads from it or writes to it.
+func (c *conn) watch(failed func()) {
+	if c.socket.raw != nil {
+		c.unhook = c.socket.watch(failed)
+	}
+}
+
+// failure returns the error of a socket that was seen to have failed. It may take the error away
+// from a Read that follows; the machine knows by then that the side has failed.
+func (c *conn) failure() error { return c.socket.failure() }
+
+// wasReset tells, after a Read has reported the end, whether that was the end of the stream. A
+// reset shows itself once; if a Write on the other way has consumed it, Read sees an end.
+func (c *conn) wasReset() bool {
+	return c.socket.raw != nil && !c.ended.Load() && c.socket.dead()
+}
+
+// unsent returns how many bytes the kernel still holds for the peer. ok is false where that cannot be known.
+func (c *conn) unsent() (n int, ok bool) { return c.socket.unsent() }
+
+// stopReading frees a Read that waits, where the conn has deadlines.
+func (c *conn) stopReading() {
+	if d, ok := c.rwc.(interface{ SetReadDeadline(time.Time) error }); ok {
+		d.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+func (c *conn) closeWrite() (err error) {
+	defer recoverInto(&err)
+	h, ok := c.rwc.(HalfCloser)
+	if !ok {
+		return ErrNoHalfClose
+	}
+	c.ended.Store(true)
+	return h.CloseWrite()
+}
+
+func (c *conn) close() { c.closer.Do(c.closeOnce) }
+func (c *conn) abort() { c.closer.Do(c.abortOnce) }
+
+func (c *conn) closeOnce() {
+	var err error
+	defer recoverInto(&err)
+	c.unwatch()
+	c.rwc.Close()
+}
+
+func (c *conn) abortOnce() {
+	var err error
+	defer recoverInto(&err)
+	c.unwatch()
+	Abort(c.rwc)
+}
+
+func (c *conn) unwatch() {
+	if c.unhook != nil {
+		c.unhook()
+	}
+}
+
+// The buffers: a small one waits for bytes where the platform cannot wait without one, and the
+// large one moves them.
+const (
+	smallSize = 2 << 10
+	largeSize = 64 << 10
+)
+
+var (
+	smallBuffers = sync.Pool{New: newSmall}
+	largeBuffers = sync.Pool{New: newLarge}
+)
+
+func newSmall() any { return new([smallSize]byte) }
+func newLarge() any { return new([largeSize]byte) }
+
+// reader reads from a conn and holds as little memory as it can while it waits.
+type reader struct {
+	c     *conn
+	small *[smallSize]byte
+	large *[largeSize]byte
+	n     int
+	err   error
+	try   func(fd uintptr) bool // rd.tryRead, made once
+}
+
+func (c *conn) newReader() *reader {
+	rd := &reader{c: c}
+	rd.try = rd.tryRead
+	return rd
+}
+
+// release gives the buffers back.
+func (rd *reader) release() {
+	if rd.small != nil {
+		smallBuffers.Put(rd.small)
+		rd.small = nil
+	}
+	rd.releaseLarge()
+}
+
+func (rd *reader) releaseLarge() {
+	if rd.large != nil {
+		largeBuffers.Put(rd.large)
+		rd.large = nil
+	}
+}
+
+func (rd *reader) takeLarge() []byte {
+	if rd.large == nil {
+		rd.large = largeBuffers.Get().(*[largeSize]byte)
+	}
+	return rd.large[:]
+}
+
+// read waits for bytes and returns them; they are valid until the next read. An end is io.EOF.
+func (rd *reader) read() ([]byte, error) {
+	if rd.c.bare && canTryRead {
+		return rd.readSocket()
+	}
+	if rd.large != nil { // the last read was a full one: there is more where it came from
+		n, err := rd.c.rwc.Read(rd.large[:])
+		b := rd.large[:n]
+		if n < smallSize && err == nil {
+			// The next wait holds the small buffer; these bytes move there, so that the large one can go.
+			b = rd.takeSmall()[:copy(rd.takeSmall(), b)]
+			rd.releaseLarge()
+		}
+		return b, err
+	}
+	n, err := rd.c.rwc.Read(rd.takeSmall())
+	if n == smallSize {
+		rd.takeLarge()
+	}
+	return rd.small[:n], err
+}
+
+func (rd *reader) takeSmall() []byte {
+	if rd.small == nil {
+		rd.small = smallBuffers.Get().(*[smallSize]byte)
+	}
+	return rd.small[:]
+}
+
+// readSocket waits in the netpoller, without a buffer.
+func (rd *reader) readSocket() ([]byte, error) {
+	rd.n, rd.err = 0, nil
+	if err := rd.c.socket.raw.Read(rd.try); err != nil {
+		return nil, err
+	}
+	if rd.n == 0 {
+		rd.releaseLarge()
+		if rd.err == nil {
+			return nil, io.EOF
+		}
+		return nil, rd.err
+	}
+	return rd.large[:rd.n], rd.err
+}

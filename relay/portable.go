@@ -1,0 +1,327 @@
+package relay
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// The portable engine: for each direction a goroutine, the pump, that reads and writes; and the
+// caller's own, which drives the machine: it alone decides, closes and keeps the time. A pump
+// reports and obeys. A pump that waits in a conn that has no deadlines is freed by closing the conn.
+
+// pair is a joined pair under the portable engine.
+type pair struct {
+	relay  *Relay
+	stats  *Stats
+	sides  [2]*conn
+	heads  [2][]byte
+	m      machine
+	start  time.Time
+	events chan event // holds all that can be reported, so that no report blocks
+	pumps  sync.WaitGroup
+
+	moved   [2]atomic.Int64 // when the direction last moved a byte, since start
+	waiting [2]atomic.Bool  // the direction holds bytes that its destination has not taken
+	stopped [2]atomic.Bool  // the direction must pass on nothing more
+}
+
+// event is what a pump or a watch reports.
+type event struct {
+	kind eventKind
+	side Side // the source of the pump, or the conn that failed
+	err  error
+}
+
+type eventKind uint8
+
+const (
+	evEOF eventKind = iota
+	evReadErr
+	evWriteErr
+	evConnErr
+)
+
+// eventsMax bounds what one pair can report: a pump fails or ends once and may say before that its
+// conn has failed, and each conn is watched for one failure.
+const eventsMax = 8
+
+func newPair(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte) *pair {
+	st.engine.Store(uint32(Copy))
+	return &pair{
+		relay: r, stats: st, sides: [2]*conn{newConn(a), newConn(b)}, heads: heads, m: newMachine(),
+		start: time.Now(), events: make(chan event, eventsMax),
+	}
+}
+
+// run carries the pair to its end.
+func (p *pair) run(ctx context.Context) Result {
+	for s, c := range p.sides {
+		s := Side(s)
+		c.watch(func() { p.report(event{kind: evConnErr, side: s}) })
+	}
+	p.pumps.Add(2)
+	go p.pump(A)
+	go p.pump(B)
+	p.drive(ctx)
+	p.pumps.Wait()
+	return result(&p.m, p.stats, time.Since(p.start))
+}
+
+// result reads the machine of a pair that is over.
+func result(m *machine, st *Stats, d time.Duration) Result {
+	return Result{
+		AToB:     Direction{Bytes: st.moved[A].Load(), End: m.end[A], Err: m.err[A]},
+		BToA:     Direction{Bytes: st.moved[B].Load(), End: m.end[B], Err: m.err[B]},
+		First:    m.first,
+		Duration: d,
+	}
+}
+
+// report never blocks; what does not fit says nothing new.
+func (p *pair) report(e event) {
+	select {
+	case p.events <- e:
+	default:
+	}
+}
+
+// drainPoll is how often the send queues of a pair that is ending are looked at.
+const drainPoll = 5 * time.Millisecond
+
+// drive runs the machine until the pair is over.
+func (p *pair) drive(ctx context.Context) {
+	var (
+		cancel = ctx.Done()
+		cause  error
+		grace  <-chan time.Time
+		timer  = time.NewTimer(time.Hour)
+		quiet  silence
+	)
+	defer timer.Stop()
+	for p.m.phase != over {
+		wait := p.remaining(&quiet)
+		if wait > 0 {
+			timer.Reset(wait)
+		} else {
+			timer.Stop()
+		}
+		var act action
+		select {
+		case e := <-p.events:
+			act = p.handle(e)
+		case <-timer.C:
+			act = p.tick(&quiet)
+		case <-cancel:
+			cancel, cause = nil, context.Cause(ctx)
+			if p.relay.Grace > 0 {
+				grace = time.After(p.relay.Grace)
+				continue
+			}
+			act = p.m.cancel(cause)
+		case <-grace:
+			act = p.m.cancel(cause)
+		}
+		p.do(act)
+	}
+}
+
+func (p *pair) handle(e event) action {
+	switch e.kind {
+	case evEOF:
+		return p.m.eof(e.side)
+	case evReadErr:
+		return p.m.readErr(e.side, e.err)
+	case evWriteErr:
+		return p.m.writeErr(e.side, e.err)
+	}
+	err := e.err
+	if err == nil {
+		err = p.sides[e.side].failure()
+	}
+	return p.m.connErr(e.side, err)
+}
+
+// do carries out what the machine has asked for, in the order of the constants.
+func (p *pair) do(act action) {
+	for act != 0 {
+		var more action
+		for _, s := range [...]Side{A, B} {
+			if act.has(stopA, s) {
+				p.stopped[s].Store(true)
+				p.sides[s].stopReading()
+			}
+		}
+		for _, s := range [...]Side{A, B} {
+			if act.has(endA, s) {
+				more |= p.halfClose(s)
+			}
+		}
+		for _, s := range [...]Side{A, B} {
+			if act.has(drainA, s) {
+				p.stopped[s.other()].Store(true)
+				if n, ok := p.sides[s].unsent(); !ok || n == 0 {
+					more |= p.m.drained()
+				}
+			}
+		}
+		for _, s := range [...]Side{A, B} {
+			if act.has(closeA, s) {
+				p.stopped[s.other()].Store(true)
+				p.sides[s].close()
+			}
+			if act.has(abortA, s) {
+				p.stopped[s.other()].Store(true)
+				p.sides[s].abort()
+			}
+		}
+		act = more
+	}
+}
+
+func (p *pair) halfClose(s Side) action {
+	switch err := p.sides[s].closeWrite(); err {
+	case nil:
+		return 0
+	case ErrNoHalfClose:
+		p.m.noHalfClose(s)
+		return 0
+	default:
+		return p.m.connErr(s, err)
+	}
+}
+
+// silence is what drive remembers of the time without progress.
+type silence struct {
+	since  time.Duration // since when there is none, after the pair's start
+	limit  limit         // the limit that was in force then
+	unsent [2]int        // what the send queues held then
+}
+
+// remaining returns how long to wait until the next tick; 0 for ever.
+func (p *pair) remaining(q *silence) time.Duration {
+	now := time.Since(p.start)
+	l := p.m.limit()
+	if l != q.limit {
+		*q = silence{since: now, limit: l}
+	}
+	d := p.relay.length(l)
+	if d <= 0 {
+		return 0
+	}
+	if l == limitSettle {
+		return drainPoll
+	}
+	return max(p.lastMove(q)+d-now, time.Nanosecond)
+}
+
+func (p *pair) lastMove(q *silence) time.Duration {
+	return max(q.since, time.Duration(p.moved[A].Load()), time.Duration(p.moved[B].Load()))
+}
+
+// tick looks whether the limit has run out.
+func (p *pair) tick(q *silence) action {
+	now := time.Since(p.start)
+	d := p.relay.length(q.limit)
+	if d <= 0 {
+		return 0
+	}
+	for s, c := range p.sides { // a send queue that changes is progress, and a full one no silence
+		n, ok := c.unsent()
+		if q.limit == limitSettle {
+			if p.m.phase == draining && p.m.drain == Side(s) && (!ok || n == 0) {
+				return p.m.drained()
+			}
+			if n != q.unsent[s] {
+				q.unsent[s], q.since = n, now
+			}
+		} else if n > 0 || p.waiting[Side(s).other()].Load() {
+			q.since = now
+		}
+	}
+	if now < p.lastMove(q)+d {
+		return 0
+	}
+	return p.m.expired()
+}
+
+// pump moves the bytes of one direction until its end.
+func (p *pair) pump(s Side) {
+	defer p.pumps.Done()
+	defer p.recover(s)
+	e := p.copy(s)
+	p.report(e)
+}
+
+// recover makes a panic of a conn's method the end of its pair, and not of the process.
+func (p *pair) recover(s Side) {
+	if v := recover(); v != nil {
+		p.report(event{kind: evReadErr, side: s, err: fmt.Errorf("%w: %v", ErrPanic, v)})
+	}
+}
+
+// copy returns how the direction from s ended.
+func (p *pair) copy(s Side) event {
+	src, dst := p.sides[s], p.sides[s.other()]
+	if head := p.heads[s]; len(head) > 0 {
+		p.heads[s] = nil
+		if err := p.write(s, dst, head); err != nil {
+			return event{evWriteErr, s, err}
+		}
+	}
+	rd := src.newReader()
+	defer rd.release()
+	for {
+		b, err := rd.read()
+		if p.stopped[s].Load() {
+			return event{evReadErr, s, io.ErrClosedPipe} // nobody listens any more
+		}
+		if len(b) > 0 {
+			if err != nil && err != io.EOF {
+				p.report(event{evConnErr, s, err}) // so that a stalled reader cannot hold the news up
+			}
+			if werr := p.write(s, dst, b); werr != nil {
+				return event{evWriteErr, s, werr}
+			}
+		}
+		switch {
+		case err == io.EOF:
+			if src.wasReset() {
+				return event{evReadErr, s, errReset}
+			}
+			return event{kind: evEOF, side: s}
+		case err != nil:
+			return event{evReadErr, s, err}
+		case len(b) == 0:
+			runtime.Gosched() // a Read that returned 0, nil: nothing happened
+		}
+	}
+}
+
+// write writes all of b, as io.Copy would.
+func (p *pair) write(s Side, dst *conn, b []byte) error {
+	p.waiting[s].Store(true)
+	defer p.waiting[s].Store(false)
+	for len(b) > 0 {
+		n, err := dst.rwc.Write(b)
+		if n < 0 || n > len(b) {
+			return errInvalidWrite
+		}
+		if n > 0 {
+			p.stats.moved[s].Add(int64(n))
+			p.moved[s].Store(int64(time.Since(p.start)))
+			b = b[n:]
+		}
+		if err != nil {
+			return err
+		}
+		if len(b) > 0 && n == 0 {
+			return io.ErrShortWrite
+		}
+	}
+	return nil
+}
