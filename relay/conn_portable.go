@@ -1,7 +1,6 @@
 package relay
 
 import (
-	"crypto/tls"
 	"io"
 	"net"
 	"sync"
@@ -21,20 +20,14 @@ type conn struct {
 }
 
 func newConn(c io.ReadWriteCloser) *conn {
-	k := &conn{rwc: c}
-	bottom := c
-	if t, ok := c.(*tls.Conn); ok {
-		under, _ := unwrap(t.NetConn())
-		bottom = under
-	}
-	switch t := bottom.(type) { // exactly these: a wrapper that embeds one may see and change bytes
+	k := &conn{rwc: c, socket: socketOf(c)}
+	switch t := c.(type) {
 	case *net.TCPConn:
 		t.SetNoDelay(true)
-		k.socket = newSocket(t, true)
+		k.bare = k.socket.raw != nil
 	case *net.UnixConn:
-		k.socket = newSocket(t, false)
+		k.bare = k.socket.raw != nil
 	}
-	k.bare = bottom == c && k.socket.raw != nil
 	return k
 }
 

@@ -2,18 +2,88 @@ package relay
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
+	"net"
+	"sync"
+	"time"
 )
+
+// ResetContext returns a copy of ctx that is also cancelled when c is reset or its peer has
+// vanished. Use it while an answer for c is prepared, such as a dial: a client that resets its
+// conn wants the answer no more. One that half-closes, or sends more, still does, and does not
+// cancel. c is neither read nor written.
+//
+// The cause of the cancellation is ECONNRESET. Call the CancelFunc before c is used in any other way.
+// A reset is noticed within some milliseconds, on Linux and for TCP and Unix sockets, also below TLS; elsewhere
+// the context is only what ctx is.
+func ResetContext(ctx context.Context, c io.ReadWriteCloser) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	s := socketOf(c)
+	if s.raw == nil {
+		return ctx, func() { cancel(nil) }
+	}
+	w := &resetWatch{socket: s, cancel: cancel}
+	w.timer = time.AfterFunc(watchDelay, w.begin)
+	return ctx, w.end
+}
+
+// watchDelay spares the watch where the answer comes at once.
+const watchDelay = 20 * time.Millisecond
+
+type resetWatch struct {
+	socket socket
+	cancel context.CancelCauseFunc
+	timer  *time.Timer
+
+	mu      sync.Mutex
+	ended   bool
+	unwatch func()
+}
+
+func (w *resetWatch) begin() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.ended {
+		w.unwatch = w.socket.watch(w.reset)
+	}
+}
+
+func (w *resetWatch) reset() { w.cancel(errReset) }
+
+func (w *resetWatch) end() {
+	w.timer.Stop()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.unwatch != nil && !w.ended {
+		w.unwatch()
+	}
+	w.ended = true
+	w.cancel(nil)
+}
+
+// socketOf returns the kernel's socket below c, through TLS and wrappers that say they are transparent.
+func socketOf(c any) socket {
+	for {
+		switch t := c.(type) { // exactly these: a wrapper that embeds one may see and change bytes
+		case *net.TCPConn:
+			return newSocket(t, true)
+		case *net.UnixConn:
+			return newSocket(t, false)
+		case *tls.Conn:
+			c = t.NetConn()
+		case *headConn:
+			c = t.Conn
+		default:
+			return socket{}
+		}
+	}
+}
 
 // recoverInto makes a panic an error.
 func recoverInto(err *error) {
 	if v := recover(); v != nil {
 		*err = fmt.Errorf("%w: %v", ErrPanic, v)
 	}
-}
-
-// ResetContext returns a copy of ctx that is also cancelled when c is reset or has vanished.
-func ResetContext(ctx context.Context, c io.ReadWriteCloser) (context.Context, context.CancelFunc) {
-	return context.WithCancel(ctx)
 }

@@ -27,7 +27,31 @@ var (
 // for its addresses.
 func (r *Relay) Join(ctx context.Context, a, b io.ReadWriteCloser, st *Stats) Result {
 	st, a, b, heads := prepare(st, a, b)
+	over := make(chan Result, 1)
+	if p, handled := startKernel(r, st, a, b, heads, func(res Result) { over <- res }); handled {
+		return r.await(ctx, p, over)
+	}
 	return newPair(r, st, a, b, heads).run(ctx)
+}
+
+// await returns the pair's result, and aborts the pair once ctx and then the grace have ended.
+func (r *Relay) await(ctx context.Context, p *Pair, over <-chan Result) Result {
+	select {
+	case res := <-over:
+		return res
+	case <-ctx.Done():
+	}
+	if r.Grace > 0 {
+		grace := time.NewTimer(r.Grace)
+		defer grace.Stop()
+		select {
+		case res := <-over:
+			return res
+		case <-grace.C:
+		}
+	}
+	p.Abort(context.Cause(ctx))
+	return <-over
 }
 
 // Start is Join that does not wait: the pair goes on by itself, and done is called once it is over,
@@ -35,9 +59,12 @@ func (r *Relay) Join(ctx context.Context, a, b io.ReadWriteCloser, st *Stats) Re
 // Under the Kernel engine a started pair has no goroutine.
 func (r *Relay) Start(a, b io.ReadWriteCloser, st *Stats, done func(Result)) *Pair {
 	st, a, b, heads := prepare(st, a, b)
+	if p, handled := startKernel(r, st, a, b, heads, done); handled {
+		return p
+	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	go newPair(r, st, a, b, heads).runAsync(ctx, cancel, done)
-	return &Pair{abort: cancel}
+	return &Pair{canceler(cancel)}
 }
 
 func (p *pair) runAsync(ctx context.Context, cancel context.CancelCauseFunc, done func(Result)) {
@@ -50,12 +77,21 @@ func (p *pair) runAsync(ctx context.Context, cancel context.CancelCauseFunc, don
 
 // Pair is a pair that [Relay.Start] has joined.
 type Pair struct {
-	abort func(cause error)
+	engine interface{ abortPair(cause error) }
 }
 
-// Abort ends the pair as cancelling Join's context with that cause does. It does not wait, and does nothing
-// once the pair is over. A nil cause is context.Canceled.
-func (p *Pair) Abort(cause error) { p.abort(cause) }
+// Abort ends the pair as cancelling Join's context with that cause does, without grace. It does
+// not wait, and does nothing once the pair is over. A nil cause is [context.Canceled].
+func (p *Pair) Abort(cause error) {
+	if cause == nil {
+		cause = context.Canceled
+	}
+	p.engine.abortPair(cause)
+}
+
+type canceler context.CancelCauseFunc
+
+func (c canceler) abortPair(cause error) { c(cause) }
 
 // prepare fills in what the caller left out and takes transparent wrappers off.
 func prepare(st *Stats, a, b io.ReadWriteCloser) (*Stats, io.ReadWriteCloser, io.ReadWriteCloser, [2][]byte) {

@@ -75,8 +75,6 @@ func socketError(fd int) error {
 	return syscall.Errno(n)
 }
 
-func (s socket) watch(failed func()) (unwatch func()) { return func() {} }
-
 // tryRead is called with the socket's descriptor, at first and whenever it may be readable; false
 // is to wait.
 func (rd *reader) tryRead(fd uintptr) bool {

@@ -2,7 +2,10 @@
 
 package relay
 
-import "syscall"
+import (
+	"io"
+	"syscall"
+)
 
 const canTryRead = false
 
@@ -19,3 +22,7 @@ func (s socket) failure() error                       { return errReset }
 func (s socket) watch(failed func()) (unwatch func()) { return func() {} }
 
 func (rd *reader) tryRead(fd uintptr) bool { panic("relay: not reached") }
+
+func startKernel(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, done func(Result)) (*Pair, bool) {
+	return nil, false
+}

@@ -1,0 +1,510 @@
+package relay
+
+import (
+	"io"
+	"net"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The kernel engine: pairs of bare TCP or Unix sockets, carried by a loop. A direction copies through
+// the one buffer of its loop; when it has filled that several times in a row, it turns to splice(2)
+// through a pipe. It owns a buffer or a pipe only while it holds bytes that its destination does
+// not take.
+
+// kpair is a pair under the kernel engine. It is the loop's from its registration on.
+type kpair struct {
+	m     machine
+	sides [2]kside
+	ways  [2]kway // by source
+
+	relay *Relay
+	stats *Stats
+	done  func(Result)
+
+	loop       *loop
+	index, gen uint32
+	timer      int32 // place in the loop's timers, -1 for none
+	queued     bool  // stands in loop.ready
+	settling   bool  // stands in loop.ending
+	gone       bool  // over: nothing of it may be touched
+
+	start    int64 // all times as clock tells them
+	deadline int64 // in the loop's timers
+	last     int64 // when a byte last moved, or the limit last changed
+	limit    limit
+	unsent   [2]int32 // the send queues when last seen, while settling
+}
+
+// kside is one socket.
+type kside struct {
+	fd       int32
+	tcp      bool
+	readable bool // a read may yield bytes, an end or an error
+	writable bool // a write may succeed
+	ending   bool // its end or an error was signalled: read until it comes
+	urgent   bool // urgent data was signalled: splice would stop at its mark
+}
+
+// kway is one direction.
+type kway struct {
+	head   []byte           // what a handshake has read too much, first to be written
+	buf    *[largeSize]byte // held[:] lies in it
+	off, n int32            // held bytes are buf[off:n]
+	pipe   *pipe            // holds pipe.n bytes
+	full   uint8            // full reads in a row, copying; small ones, splicing
+	splice bool
+}
+
+const (
+	spliceAfter   = 2        // full reads in a row that make a direction splice
+	copyAfter     = 4        // small splices in a row that make it copy again
+	smallSplice   = 16 << 10 //
+	turnBytes     = 1 << 20  // what a direction may move before others have their turn
+	minSplicePipe = 64 << 10
+)
+
+// startKernel has a loop carry the pair where both conns are kernel sockets. Otherwise, and where
+// the kernel gives no descriptors, handled is false and nothing was done.
+func startKernel(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, done func(Result)) (h *Pair, handled bool) {
+	if r.Portable {
+		return nil, false
+	}
+	p := &kpair{m: newMachine(), relay: r, stats: st, done: done, timer: -1, start: clock()}
+	p.ways[A].head, p.ways[B].head = heads[A], heads[B]
+	for s, c := range [...]io.ReadWriteCloser{a, b} {
+		if p.sides[s], handled = takeSocket(c); !handled {
+			p.closeFrom(s)
+			return nil, false
+		}
+	}
+	st.engine.Store(uint32(Kernel))
+	if err := withLoop(p.enter); err != nil {
+		st.engine.Store(uint32(None))
+		p.closeFrom(2)
+		return nil, false
+	}
+	a.Close() // the loop has descriptors of its own
+	b.Close()
+	return &Pair{p}, true
+}
+
+func (p *kpair) closeFrom(n int) {
+	for _, s := range p.sides[:n] {
+		unix.Close(int(s.fd))
+	}
+}
+
+// takeSocket duplicates the descriptor of a bare kernel socket. The conn can be closed then, and
+// its descriptor leaves Go's poller with it.
+func takeSocket(c io.ReadWriteCloser) (s kside, ok bool) {
+	var raw syscall.RawConn
+	var err error
+	switch t := c.(type) { // exactly these: a wrapper that embeds one may see and change bytes
+	case *net.TCPConn:
+		raw, err = t.SyscallConn()
+		s.tcp = true
+	case *net.UnixConn:
+		raw, err = t.SyscallConn()
+	default:
+		return s, false
+	}
+	if err != nil {
+		return s, false
+	}
+	cerr := raw.Control(func(fd uintptr) {
+		if !s.tcp {
+			if typ, terr := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE); terr != nil || typ != unix.SOCK_STREAM {
+				err = unix.EPROTOTYPE
+				return
+			}
+		}
+		var n int
+		n, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
+		s.fd = int32(n)
+		if err == nil && s.tcp {
+			unix.SetsockoptInt(n, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+		}
+	})
+	s.writable = true
+	return s, err == nil && cerr == nil
+}
+
+// enter registers the pair. The loop's lock is held, so no event is handled before it returns.
+func (p *kpair) enter(l *loop) error {
+	p.loop = l
+	p.index, p.gen = l.register(p)
+	for s := range p.sides {
+		if err := l.add(int(p.sides[s].fd), pairEvents, p.index, p.gen, Side(s)); err != nil {
+			if s == 1 {
+				unix.EpollCtl(l.epfd, unix.EPOLL_CTL_DEL, int(p.sides[A].fd), nil)
+			}
+			l.unregister(p.index)
+			return err
+		}
+	}
+	l.fresh = append(l.fresh, p)
+	return nil
+}
+
+// began is the loop's first touch of the pair.
+func (p *kpair) began(l *loop) {
+	p.last = l.now
+	p.limit = p.m.limit()
+	p.setTimer(l)
+}
+
+// abortPair asks the loop to abort the pair.
+func (p *kpair) abortPair(cause error) {
+	l := p.loop
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.closed {
+		l.calls = append(l.calls, call{p, p.gen, cause})
+		l.wake()
+	}
+}
+
+// event takes in what epoll says of a socket.
+func (p *kpair) event(l *loop, s Side, events uint32) {
+	if p.gone {
+		return
+	}
+	k := &p.sides[s]
+	if events&unix.EPOLLERR != 0 && p.m.failed[s] == nil {
+		if err := failureOf(int(k.fd), k.tcp); err != nil {
+			p.do(l, p.m.connErr(s, err))
+			if p.gone {
+				return
+			}
+		}
+	}
+	if events&unix.EPOLLPRI != 0 {
+		k.urgent = true
+	}
+	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		k.ending = true
+		k.readable = true
+	}
+	if events&unix.EPOLLIN != 0 {
+		k.readable = true
+	}
+	if events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		k.writable = true
+		if p.flow(l, s.other()); p.gone {
+			return
+		}
+	}
+	if k.readable {
+		p.flow(l, s)
+	}
+}
+
+// failureOf takes a socket's error; nil where the event was of something else.
+func failureOf(fd int, tcp bool) error {
+	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	switch {
+	case err != nil:
+		return err
+	case n != 0:
+		return syscall.Errno(n)
+	case tcp && tcpState(fd) == unix.BPF_TCP_CLOSE:
+		return errReset
+	}
+	return nil
+}
+
+// flow moves what can be moved from s to its peer.
+func (p *kpair) flow(l *loop, s Side) {
+	src, dst, w := &p.sides[s], &p.sides[s.other()], &p.ways[s]
+	for moved := 0; p.m.way[s] == flowing && p.m.phase < draining; {
+		if w.holds() {
+			n, err := p.deliver(w, dst)
+			moved += n
+			p.count(l, s, n)
+			if err != nil {
+				p.do(l, p.m.writeErr(s, err))
+				return
+			}
+			if w.holds() {
+				return // until dst is writable
+			}
+		}
+		if !src.readable {
+			break
+		}
+		if moved >= turnBytes {
+			if !p.queued {
+				p.queued = true
+				l.ready = append(l.ready, p)
+			}
+			break
+		}
+		n, err := p.take(l, s, w, src, moved)
+		switch {
+		case n > 0:
+		case err == unix.EAGAIN || err == unix.EINTR:
+		case err == nil:
+			w.release(l)
+			p.do(l, p.m.eof(s))
+			return
+		default:
+			w.release(l)
+			p.do(l, p.m.readErr(s, err))
+			return
+		}
+	}
+	w.release(l)
+}
+
+// take reads from src into what the way holds. n = 0 without an error is the end.
+func (p *kpair) take(l *loop, s Side, w *kway, src *kside, moved int) (n int, err error) {
+	if w.splice && !src.urgent {
+		if w.pipe == nil {
+			w.pipe = l.pipes.get()
+		}
+		if w.pipe != nil {
+			return p.takeSplice(l, s, w, src, moved)
+		}
+	}
+	return p.takeCopy(l, s, w, src)
+}
+
+func (p *kpair) takeCopy(l *loop, s Side, w *kway, src *kside) (n int, err error) {
+	if l.buf == nil {
+		l.buf = largeBuffers.Get().(*[largeSize]byte)
+	}
+	n, err = rawRead(int(src.fd), l.buf[:])
+	switch {
+	case n == len(l.buf):
+		if w.full++; w.full >= spliceAfter && !src.urgent {
+			p.setSplice(s, true)
+		}
+	case n > 0:
+		w.full = 0
+		// TCP gives all it has. What comes later is a new event, and so is an end, but for one that was told already.
+		if src.tcp && !src.ending && !src.urgent {
+			src.readable = false
+		}
+	case err == unix.EAGAIN:
+		src.readable = false
+	}
+	if n > 0 {
+		w.buf, w.off, w.n = l.buf, 0, int32(n)
+		l.buf = nil
+	}
+	return n, err
+}
+
+func (p *kpair) takeSplice(l *loop, s Side, w *kway, src *kside, moved int) (n int, err error) {
+	n, err = w.pipe.fill(int(src.fd))
+	switch {
+	case err == unix.EAGAIN && moved > 0:
+		src.readable = false
+	case err == unix.EAGAIN || err == unix.EINVAL:
+		// Readable, and yet there is nothing to splice: the mark of urgent data may stand in the way.
+		if n, err = p.takeCopy(l, s, w, src); n > 0 {
+			p.setSplice(s, false)
+		}
+	case n > 0 && n < smallSplice:
+		if w.full++; w.full >= copyAfter {
+			p.setSplice(s, false)
+		}
+	case n > 0:
+		w.full = 0
+	}
+	return n, err
+}
+
+func (p *kpair) setSplice(s Side, on bool) {
+	p.ways[s].splice, p.ways[s].full = on, 0
+	p.stats.splice[s].Store(on)
+}
+
+// deliver writes what the way holds, as far as dst takes it now.
+func (p *kpair) deliver(w *kway, dst *kside) (total int, err error) {
+	for w.holds() && dst.writable {
+		var n int
+		switch {
+		case len(w.head) > 0:
+			if n, err = rawWrite(int(dst.fd), w.head); n > 0 {
+				w.head = w.head[n:]
+			}
+		case w.off < w.n:
+			if n, err = rawWrite(int(dst.fd), w.buf[w.off:w.n]); n > 0 {
+				w.off += int32(n)
+			}
+		default:
+			n, err = w.pipe.drain(int(dst.fd))
+		}
+		switch {
+		case n > 0:
+			total += n
+		case err == unix.EAGAIN:
+			dst.writable = false
+		case err == unix.EINTR:
+		case err == nil:
+			return total, io.ErrShortWrite
+		default:
+			return total, err
+		}
+	}
+	return total, nil
+}
+
+func (w *kway) holds() bool {
+	return w.off < w.n || len(w.head) > 0 || w.pipe != nil && w.pipe.n > 0
+}
+
+// release gives an empty way's buffer and pipe back to the loop.
+func (w *kway) release(l *loop) {
+	w.head = nil
+	if w.buf != nil {
+		if l.buf == nil {
+			l.buf = w.buf
+		} else {
+			largeBuffers.Put(w.buf)
+		}
+		w.buf, w.off, w.n = nil, 0, 0
+	}
+	if w.pipe != nil {
+		l.pipes.put(w.pipe)
+		w.pipe = nil
+	}
+}
+
+func (p *kpair) count(l *loop, s Side, n int) {
+	if n > 0 {
+		p.stats.moved[s].Add(int64(n))
+		p.last = l.now
+	}
+}
+
+// do carries out what the machine asks for, in the order of the constants.
+func (p *kpair) do(l *loop, act action) {
+	for s := A; s <= B; s++ {
+		if act.has(stopA, s) {
+			p.ways[s].release(l)
+		}
+	}
+	for s := A; s <= B; s++ {
+		if act.has(endA, s) {
+			if err := unix.Shutdown(int(p.sides[s].fd), unix.SHUT_WR); err != nil {
+				p.do(l, p.m.connErr(s, err))
+				return
+			}
+		}
+	}
+	for s := A; s <= B; s++ {
+		if act.has(drainA, s) {
+			p.ways[s.other()].release(l)
+			if n, ok := unsent(int(p.sides[s].fd)); !ok || n == 0 {
+				act |= p.m.drained()
+			}
+		}
+	}
+	if p.m.phase == over {
+		p.end(l, act)
+		return
+	}
+	if lim := p.m.limit(); lim != p.limit {
+		p.limit, p.last = lim, l.now
+		if lim == limitSettle {
+			p.beginSettle(l)
+		} else {
+			p.setTimer(l)
+		}
+	} else if act&(drainA|drainB) != 0 {
+		p.last = l.now
+	}
+}
+
+// end closes both sockets and gives everything back.
+func (p *kpair) end(l *loop, act action) {
+	for s := A; s <= B; s++ {
+		p.ways[s].release(l)
+		fd := int(p.sides[s].fd)
+		if act.has(abortA, s) {
+			unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+		}
+		unix.Close(fd)
+	}
+	l.timers.remove(p)
+	p.gone = true
+	l.mu.Lock()
+	l.unregister(p.index)
+	l.mu.Unlock()
+	if p.done != nil {
+		p.done(result(&p.m, p.stats, time.Duration(clock()-p.start)))
+	}
+}
+
+// setTimer enters the pair's limit into the loop's timers.
+func (p *kpair) setTimer(l *loop) {
+	d := p.relay.length(p.limit)
+	if d <= 0 {
+		l.timers.remove(p)
+		return
+	}
+	l.timers.set(p, p.last+int64(d))
+}
+
+// timeUp is called when the timer ran out; bytes may have moved since it was set.
+func (p *kpair) timeUp(l *loop) {
+	d := int64(p.relay.length(p.limit))
+	if p.last+d > l.now {
+		l.timers.set(p, p.last+d)
+		return
+	}
+	for s := A; s <= B; s++ { // what waits for a slow reader is no silence
+		if n, _ := unsent(int(p.sides[s].fd)); n > 0 || p.ways[s].holds() {
+			p.last = l.now
+			l.timers.set(p, p.last+d)
+			return
+		}
+	}
+	p.do(l, p.m.expired())
+}
+
+func (p *kpair) beginSettle(l *loop) {
+	l.timers.remove(p)
+	p.settling = true
+	l.ending = append(l.ending, p)
+}
+
+// settle looks at a pair that is ending: whether the side that drains has drained, and whether anything moves.
+func (p *kpair) settle(l *loop) {
+	for s := A; s <= B; s++ {
+		n, ok := unsent(int(p.sides[s].fd))
+		if p.m.phase == draining && p.m.drain == s && (!ok || n == 0) {
+			p.do(l, p.m.drained())
+			return
+		}
+		if int32(n) != p.unsent[s] {
+			p.unsent[s], p.last = int32(n), l.now
+		}
+	}
+	if l.now-p.last >= int64(settle) {
+		p.do(l, p.m.expired())
+	}
+}
+
+func rawRead(fd int, b []byte) (int, error) {
+	n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}
+
+// rawWrite writes without raising SIGPIPE.
+func rawWrite(fd int, b []byte) (int, error) {
+	n, _, errno := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), unix.MSG_NOSIGNAL, 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}

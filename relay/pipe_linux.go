@@ -1,0 +1,96 @@
+package relay
+
+import "golang.org/x/sys/unix"
+
+// pipe is a kernel pipe that bytes pass through on their way from one socket to another.
+type pipe struct {
+	r, w int
+	size int // what it holds at most
+	n    int // what it holds
+}
+
+const (
+	pipeSize  = 1 << 20 // wanted; less where the kernel's limit for unprivileged users is reached
+	pipesKept = 2       // empty pipes that a loop keeps for the next direction
+	pipesMax  = 64      // pipes that a loop has at a time: a stalled reader keeps one, with what it holds
+)
+
+// pipes are the pipes of one loop.
+type pipes struct {
+	free []*pipe
+	made int
+}
+
+// get returns an empty pipe, or nil where there is none to be had.
+func (ps *pipes) get() *pipe {
+	if n := len(ps.free); n > 0 {
+		p := ps.free[n-1]
+		ps.free = ps.free[:n-1]
+		return p
+	}
+	if ps.made >= pipesMax {
+		return nil
+	}
+	var fd [2]int
+	if unix.Pipe2(fd[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
+		return nil
+	}
+	p := &pipe{r: fd[0], w: fd[1]}
+	for size := pipeSize; size >= minSplicePipe; size /= 4 {
+		if n, err := unix.FcntlInt(uintptr(p.w), unix.F_SETPIPE_SZ, size); err == nil {
+			p.size = n
+			break
+		}
+	}
+	if p.size < minSplicePipe { // too small to be worth two system calls
+		p.close()
+		return nil
+	}
+	ps.made++
+	return p
+}
+
+// put takes a pipe back. One that still holds bytes cannot be used again.
+func (ps *pipes) put(p *pipe) {
+	if p.n == 0 && len(ps.free) < pipesKept {
+		ps.free = append(ps.free, p)
+		return
+	}
+	p.close()
+	ps.made--
+}
+
+func (ps *pipes) closeAll() {
+	for _, p := range ps.free {
+		p.close()
+	}
+	ps.free = nil
+}
+
+func (p *pipe) close() {
+	unix.Close(p.r)
+	unix.Close(p.w)
+}
+
+// fill moves bytes from a socket into the pipe, which is empty.
+func (p *pipe) fill(fd int) (int, error) {
+	n, err := rawSplice(fd, p.w, p.size)
+	p.n += n
+	return n, err
+}
+
+// drain moves bytes from the pipe to a socket.
+func (p *pipe) drain(fd int) (int, error) {
+	n, err := rawSplice(p.r, fd, p.n)
+	p.n -= n
+	return n, err
+}
+
+func rawSplice(from, to, n int) (int, error) {
+	r, _, errno := unix.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n),
+		unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(r), nil
+}
