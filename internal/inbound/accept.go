@@ -4,22 +4,304 @@
 package inbound
 
 import (
+	"context"
+	"errors"
+	"io/fs"
 	"log/slog"
+	"net"
 	"net/netip"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/relay"
 )
 
-// Listener holds the settings that all stream inbounds share, and is embedded in them.
-type Listener struct {
-	Name string     // for flows and logs
-	Addr proxy.Addr // where to listen
+// DefaultHandshakeTimeout is how long a client may take to say what it wants.
+const DefaultHandshakeTimeout = 10 * time.Second
 
-	Allow, Deny []netip.Prefix // clients let in (empty: all), and refused although allowed
-	MaxConns    int            // sessions at a time; 0: no limit. At the limit accepting pauses
-	AcceptProxy bool           // every client must begin with a PROXY header (v1 or v2), which says its true address
+// Listener holds the settings that all stream inbounds share, and is embedded in them. It may be
+// copied: copies made after Listen are the same listener.
+type Listener struct {
+	Name string      // for flows and logs
+	Addr proxy.Addr  // where to listen
+	Mode fs.FileMode // permissions of a Unix socket; 0: 0600, only this user
+
+	// Allow are the clients let in (empty: all), Deny those refused although allowed. They are
+	// compared with the other end of the accepted conn. With AcceptProxy that is the load balancer,
+	// which is the one to be trusted: what its header says is a claim. Clients of a Unix socket
+	// have no address; Mode is for them.
+	Allow, Deny []netip.Prefix
+	MaxConns    int  // sessions at a time; 0: no limit. At the limit accepting pauses
+	AcceptProxy bool // every client must begin with a PROXY header (v1 or v2), which says its true address
 
 	HandshakeTimeout time.Duration // from accept to the end of the handshake; 0: 10 s
 	Log              *slog.Logger  // nil: silent
+
+	s *listening // nil before Listen
+}
+
+// listening is what a Listener is once bound.
+type listening struct {
+	ln    net.Listener
+	log   *slog.Logger
+	slots chan struct{} // holds one for each session and for the accept that waits; nil: no limit
+	all   sync.WaitGroup
+
+	full bool // at the limit, and said so; only accept uses it
+
+	once   sync.Once
+	closed chan struct{}
+	err    error // of ln.Close
+
+	mu      sync.Mutex
+	shaking map[*client]struct{} // clients in their handshake; nil once closed
+}
+
+// Listen binds the address. An address in use, a port that needs privileges and the like are
+// errors that say what can be done. A Unix socket whose process is gone is replaced.
+func (l *Listener) Listen(ctx context.Context) error {
+	if l.s != nil {
+		return errors.New("inbound: Listen was called twice")
+	}
+	ln, err := bind(ctx, l.Addr, l.Mode)
+	if err != nil {
+		return err
+	}
+	l.listenOn(ln)
+	return nil
+}
+
+func (l *Listener) listenOn(ln net.Listener) {
+	if l.Log == nil {
+		l.Log = slog.New(slog.DiscardHandler)
+	}
+	l.s = &listening{
+		ln:      ln,
+		log:     l.Log.With("inbound", l.Name),
+		closed:  make(chan struct{}),
+		shaking: make(map[*client]struct{}),
+	}
+	if l.MaxConns > 0 {
+		l.s.slots = make(chan struct{}, l.MaxConns)
+	}
+}
+
+// BoundAddr returns the address that Listen has bound: for port 0, the one the kernel chose.
+// It is nil before Listen.
+func (l *Listener) BoundAddr() net.Addr {
+	if l.s == nil {
+		return nil
+	}
+	return l.s.ln.Addr()
+}
+
+// Close stops accepting and closes the clients that are in their handshake; sessions go on.
+// It may be called twice and from any goroutine once Listen has returned.
+func (l *Listener) Close() error {
+	if l.s == nil {
+		return nil
+	}
+	l.s.close()
+	return l.s.err
+}
+
+func (s *listening) close() {
+	s.once.Do(func() {
+		close(s.closed)
+		s.err = s.ln.Close()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for c := range s.shaking {
+			c.Close() // its handler sees net.ErrClosed and calls fail
+		}
+		s.shaking = nil
+	})
+}
+
+func (s *listening) isClosed() bool {
+	select {
+	case <-s.closed:
+		return true
+	default:
+		return false
+	}
+}
+
+// serve accepts clients and runs handle for each in a goroutine of its own, until Close or the end
+// of ctx; it returns after the last session is done. handle owns the client: it ends with c.fail, or
+// with HandleStream and a Pending whose Done is c.Done.
+func (l *Listener) serve(ctx context.Context, handle func(context.Context, *client)) error {
+	s := l.s
+	if s == nil {
+		return errors.New("inbound: Serve was called before Listen")
+	}
+	stop := context.AfterFunc(ctx, s.close)
+	defer stop()
+	for {
+		conn := s.accept()
+		if conn == nil {
+			break
+		}
+		c := l.admit(conn)
+		if c == nil {
+			s.release()
+			continue
+		}
+		s.all.Add(2) // the handler, and the session, which may outlive it
+		go l.run(ctx, c, handle)
+	}
+	s.all.Wait()
+	return nil
+}
+
+// The pauses after an accept that failed for want of descriptors or memory.
+const (
+	firstPause = 5 * time.Millisecond
+	maxPause   = time.Second
+)
+
+// accept returns the next conn, with a slot taken for it; nil once the listener is closed. It
+// outlasts all errors: a listener that ends, or spins, for want of descriptors is worse than one
+// that waits. Clients wait in the kernel's queue meanwhile.
+func (s *listening) accept() net.Conn {
+	if !s.acquire() {
+		return nil
+	}
+	for pause := time.Duration(0); ; {
+		conn, err := s.ln.Accept()
+		if err == nil {
+			if pause > 0 {
+				s.log.Info("accepting again")
+			}
+			return conn
+		}
+		if s.isClosed() {
+			s.release()
+			return nil
+		}
+		if isGone(err) {
+			continue
+		}
+		if pause == 0 {
+			s.log.Warn("accepting paused", "err", err, "hint", acceptHint(err))
+		}
+		pause = min(max(2*pause, firstPause), maxPause)
+		select {
+		case <-time.After(pause):
+		case <-s.closed:
+			s.release()
+			return nil
+		}
+	}
+}
+
+// isGone says whether err is about the client that was to be accepted and not about the listener.
+// The kernel has taken that client off the queue, so that trying again at once cannot spin.
+func isGone(err error) bool {
+	return errors.Is(err, syscall.ECONNABORTED) || errors.Is(err, syscall.EPROTO) || errors.Is(err, syscall.EINTR)
+}
+
+func acceptHint(err error) string {
+	switch {
+	case errors.Is(err, syscall.EMFILE):
+		return "this process may open no more files: raise its limit (ulimit -n, LimitNOFILE=)"
+	case errors.Is(err, syscall.ENFILE):
+		return "the machine may open no more files: raise fs.file-max"
+	case errors.Is(err, syscall.ENOBUFS), errors.Is(err, syscall.ENOMEM):
+		return "the kernel is short of memory for sockets"
+	}
+	return "trying again"
+}
+
+// acquire takes a slot, waiting for one at the limit; false once the listener is closed.
+func (s *listening) acquire() bool {
+	if s.slots == nil {
+		return true
+	}
+	select {
+	case s.slots <- struct{}{}:
+		s.full = false
+		return true
+	default:
+	}
+	if !s.full {
+		s.full = true // until a slot is free without waiting
+		s.log.Warn("accepting paused: as many sessions as max_conns allows", "max_conns", cap(s.slots))
+	}
+	select {
+	case s.slots <- struct{}{}:
+		return true
+	case <-s.closed:
+		return false
+	}
+}
+
+func (s *listening) release() {
+	if s.slots != nil {
+		<-s.slots
+	}
+}
+
+// admit makes a client of an accepted conn; nil if it is not let in.
+func (l *Listener) admit(conn net.Conn) *client {
+	c := &client{bare: conn, l: l, peer: addrPort(conn.RemoteAddr()), local: addrPort(conn.LocalAddr())}
+	if !l.allows(c.peer.Addr()) {
+		l.s.log.Info("client refused by allow/deny", "client", c.peer)
+		relay.Abort(conn)
+		return nil
+	}
+	timeout := l.HandshakeTimeout
+	if timeout == 0 {
+		timeout = DefaultHandshakeTimeout
+	}
+	conn.SetDeadline(time.Now().Add(timeout))
+	l.s.mu.Lock()
+	defer l.s.mu.Unlock()
+	if l.s.shaking == nil {
+		conn.Close()
+		return nil
+	}
+	l.s.shaking[c] = struct{}{}
+	return c
+}
+
+// allows says whether a client at ip is let in; the zero address is that of a Unix socket.
+func (l *Listener) allows(ip netip.Addr) bool {
+	if !ip.IsValid() {
+		return true
+	}
+	ip = ip.WithZone("") // no prefix contains an address with a zone
+	contains := func(p netip.Prefix) bool {
+		if p.Addr().Is4In6() && p.Bits() >= 96 {
+			p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
+		}
+		return p.Contains(ip)
+	}
+	if slices.ContainsFunc(l.Deny, contains) {
+		return false
+	}
+	return len(l.Allow) == 0 || slices.ContainsFunc(l.Allow, contains)
+}
+
+// run carries one client through its handshake. A panic there costs this client only.
+func (l *Listener) run(ctx context.Context, c *client, handle func(context.Context, *client)) {
+	defer l.s.all.Done()
+	defer func() {
+		if p := recover(); p != nil {
+			l.s.log.Error("panic while serving a client", "client", c.peer, "panic", p, "stack", string(debug.Stack()))
+			c.abort()
+			c.Done()
+		}
+	}()
+	if l.AcceptProxy {
+		if err := c.readProxyHeader(); err != nil {
+			c.fail(err)
+			return
+		}
+	}
+	handle(ctx, c)
 }
