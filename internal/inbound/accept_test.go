@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
 var loopback = proxy.TCP("127.0.0.1", 0)
@@ -48,6 +49,7 @@ func (l *logBuffer) logger() *slog.Logger {
 // start binds l and serves it until the test's end, when serve must return.
 func start(t *testing.T, ctx context.Context, l *Listener, handle func(context.Context, *client)) net.Addr {
 	t.Helper()
+	proxytest.NoLeaks(t)
 	if err := l.Listen(ctx); err != nil {
 		t.Fatal(err)
 	}
