@@ -1,0 +1,193 @@
+package relaytest
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"sync"
+	"time"
+)
+
+func costScenarios() []Scenario {
+	quiet := Scenario{Level: Should, Alone: true, metered: true}
+	named := func(name, meaning string) Scenario {
+		s := quiet
+		s.Name, s.Meaning = name, meaning
+		return s
+	}
+	s := either(named("cpu-half-closed", "a half-closed connection costs no processor time while it is silent"),
+		HalfClose, HalfClose, playCPUHalfClosed)
+	s = append(s, either(named("cpu-stalled", "a connection whose reader stalls costs no processor time"),
+		0, 0, playCPUStalled)...)
+	return append(s, Scenario{
+		Name:    "mixed-endings",
+		Meaning: "connections that end in every way, many at a time, leave nothing behind",
+		Alone:   true,
+		play:    playMixedEndings,
+	})
+}
+
+func playCPUHalfClosed(t *trial, from side) error {
+	if _, _, err := asked(t, from); err != nil {
+		return err
+	}
+	return t.quiet("is half-closed and silent")
+}
+
+func playCPUStalled(t *trial, from side) error {
+	near, _, err := t.open(from)
+	if err != nil {
+		return err
+	}
+	if err := near.flood(1).blocked(t.Held); err != nil {
+		return err
+	}
+	return t.quiet("waits for a reader that stalls")
+}
+
+// quiet measures the relay's processor time while nothing happens.
+func (t *trial) quiet(while string) error {
+	const span, limit = 300 * time.Millisecond, 0.2
+	meter, ok := t.bed.(Meter)
+	if !ok {
+		return errors.ErrUnsupported
+	}
+	runtime.GC() // not in the middle of it
+	var share float64
+	for range 3 { // other things may happen in the process, now and then
+		before, err := meter.CPU()
+		if err != nil {
+			return err
+		}
+		start := time.Now()
+		time.Sleep(span)
+		after, err := meter.CPU()
+		if err != nil {
+			return err
+		}
+		if share = float64(after-before) / float64(time.Since(start)); share < limit {
+			t.note("%.1f %% of a processor", 100*share)
+			return nil
+		}
+	}
+	return fmt.Errorf("%.0f %% of a processor is used while a connection %s", 100*share, while)
+}
+
+// playMixedEndings plays the same twice: what a relay keeps for later, such as a pool, it has after
+// the first time, and what is more after the second it has lost.
+func playMixedEndings(t *trial) error {
+	const connections, slack = 100, 10
+	var fds, routines [2]int
+	for i := range 2 {
+		if err := t.mix(connections); err != nil {
+			return err
+		}
+		if err := t.over(); err != nil {
+			return err
+		}
+		meter, ok := t.bed.(Meter)
+		if !ok {
+			return nil
+		}
+		var err error
+		limit := time.Now().Add(leaving)
+		for {
+			if fds[i], routines[i], err = meter.Held(); errors.Is(err, errors.ErrUnsupported) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+			if i == 0 && time.Until(limit) < leaving-200*time.Millisecond ||
+				i == 1 && fds[1] <= fds[0]+slack && routines[1] <= routines[0]+slack ||
+				time.Now().After(limit) {
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	if lost := fds[1] - fds[0]; lost > slack {
+		return fmt.Errorf("%d connections left %d descriptors behind", connections, lost)
+	}
+	if lost := routines[1] - routines[0]; lost > slack {
+		return fmt.Errorf("%d connections left %d goroutines or threads behind", connections, lost)
+	}
+	return nil
+}
+
+// mix makes n connections that end in all ways, and returns when both ends of each are closed.
+func (t *trial) mix(n int) error {
+	var all sync.WaitGroup
+	errs := make(chan error, n)
+	for i := range n {
+		client, origin, err := t.open(side(i % 2))
+		if err != nil {
+			return err
+		}
+		all.Go(func() {
+			defer client.drop()
+			defer origin.drop()
+			if err := endings[i/2%len(endings)](client, origin); err != nil && !errors.Is(err, io.EOF) {
+				errs <- fmt.Errorf("connection %d: %w", i, err)
+			}
+		})
+	}
+	all.Wait()
+	close(errs)
+	return <-errs // nil if there is none
+}
+
+// endings end a connection between a, who starts it, and b. All must be over when they return. What
+// the ends see of each other's leaving is the business of other scenarios.
+var endings = [...]func(a, b *end) error{
+	func(a, b *end) error { return nil }, // both close at once
+	func(a, b *end) error { // a request and its reply
+		return errors.Join(
+			both(func() error { return a.send([]byte(request)) }, func() error { return b.expect(request, leaving) }),
+			both(func() error { return b.send([]byte(verdict)) }, func() error { return a.expect(verdict, leaving) }),
+		)
+	},
+	func(a, b *end) error { // as above, by a half-close
+		if !a.can(HalfClose) || !b.can(HalfClose) {
+			return nil
+		}
+		return errors.Join(a.closeWrite(), b.expectEnd(leaving),
+			both(func() error { return b.pour(1, 100<<10) }, func() error { return a.sink(1, 100<<10) }))
+	},
+	func(a, b *end) error { // reset
+		a.leave()
+		return nil
+	},
+	func(a, b *end) error { // reset in the middle of a transfer that is read
+		f := a.flood(1)
+		err := b.sink(1, 300<<10)
+		a.leave()
+		return errors.Join(err, f.failed(leaving))
+	},
+	func(a, b *end) error { // a stalled reader, and its writer is reset
+		f := a.flood(1)
+		err := f.blocked(a.t.Held)
+		a.leave()
+		return err
+	},
+	func(a, b *end) error { // a stalled reader that closes with bytes unread
+		f := a.flood(1)
+		err := f.blocked(a.t.Held)
+		b.Close()
+		return errors.Join(err, f.failed(leaving))
+	},
+	func(a, b *end) error { // a half-close, then a reset from the other side
+		if a.can(HalfClose) && b.can(HalfClose) {
+			if err := errors.Join(a.closeWrite(), b.expectEnd(leaving)); err != nil {
+				return err
+			}
+		}
+		b.leave()
+		return nil
+	},
+	func(a, b *end) error { // both reset
+		a.leave()
+		b.leave()
+		return nil
+	},
+}

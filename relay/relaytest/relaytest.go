@@ -1,0 +1,298 @@
+// Package relaytest holds the scenarios that a relay of byte streams must pass: a port forwarder, a
+// proxy, a tunnel, or just the function in the middle of one.
+//
+// One sentence is behind all of them: neither end can tell the relay from a direct connection. So a
+// scenario never touches the relay. It plays the client and the origin, sends, half-closes, stalls
+// and resets as real programs do, and looks at what arrives on the other side. With no relay in
+// between at all, every scenario passes; what fails behind a relay is the relay's doing.
+//
+// # Testing a function
+//
+// Give [Run] the function that joins two conns, owns them and returns when both are done with:
+//
+//	func TestRelay(t *testing.T) {
+//		relaytest.Run(t, func(ctx context.Context, client, origin net.Conn) {
+//			myrelay.Join(client, origin)
+//		})
+//	}
+//
+// [RunOver] does the same over other transports than TCP, each a [Leg], and any mix of two.
+//
+// # Testing a program
+//
+// A [Bed] is where scenarios get their connections from. [Dialed] is the bed of a relay that runs
+// somewhere: it listens as the origin and dials through the relay, by a handshake of yours if the
+// relay wants one. [RunBed] runs all scenarios on a bed, and [Check] runs one without package
+// testing.
+//
+// # Reading a failure
+//
+// A scenario has a name, a meaning (what a user of the relay suffers where it fails) and a level:
+// [Must] where bytes, an end or an error are lost or something hangs or leaks, [Should] where it is
+// only slow. Most come in two forms, from-client and from-origin, by who does what the name says.
+package relaytest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Caps says what a leg's transport can carry from one end to the other.
+type Caps uint
+
+// What a leg can do.
+const (
+	HalfClose Caps = 1 << iota // an end can say that it sends no more, and still read
+	Reset                      // an end can break off so that the other cannot take it for an end
+	Watch                      // a broken connection is noticed by an end that does not read
+	Buffered                   // bytes are taken before the other end reads them
+	Urgent                     // TCP urgent data
+)
+
+// String returns the names of the capabilities, joined by "+".
+func (c Caps) String() string {
+	var names []string
+	for i, name := range [...]string{"half-close", "reset", "watch", "buffered", "urgent"} {
+		if c&(1<<i) != 0 {
+			names = append(names, name)
+		}
+	}
+	return strings.Join(names, "+")
+}
+
+// Level says how bad it is to fail a scenario.
+type Level uint8
+
+// The levels.
+const (
+	Must   Level = iota // bytes, ends or errors are lost, or something hangs or leaks
+	Should              // it is slower or dearer than it need be
+)
+
+// String returns "must" or "should".
+func (l Level) String() string { return [...]string{"must", "should"}[min(l, Should)] }
+
+// Options are the sizes and times of scenarios. The zero value suits a unit test.
+type Options struct {
+	// Bytes is how much the bulk scenarios move each way. Zero is 4 MiB.
+	Bytes int64
+	// Rounds is how often the scenarios that look for a race repeat. Zero is 200.
+	Rounds int
+	// Silence is how long the scenarios about silent, trickling and stalled ends keep at it. Zero
+	// is 400 ms, which finds no relay whose limits are seconds; 15 s finds those.
+	Silence time.Duration
+	// Prompt is how soon a thing must arrive that needs no waiting for. Zero is 1 s, which leaves a
+	// loaded machine room; 250 ms is what a user does not notice.
+	Prompt time.Duration
+	// Held is how many bytes relay and kernels together may hold for a reader that stalls before
+	// the writer blocks. Zero is 40 MiB.
+	Held int64
+	// Timeout ends a scenario that hangs. Zero is 15 s and Silence.
+	Timeout time.Duration
+}
+
+func (o Options) fill() Options {
+	set := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	if o.Bytes == 0 {
+		o.Bytes = 4 << 20
+	}
+	if o.Rounds == 0 {
+		o.Rounds = 200
+	}
+	if o.Held == 0 {
+		o.Held = 40 << 20
+	}
+	set(&o.Silence, 400*time.Millisecond)
+	set(&o.Prompt, time.Second)
+	set(&o.Timeout, 15*time.Second+o.Silence)
+	return o
+}
+
+// Scenario is one thing that a relay must do. [Scenarios] makes them, [Check] plays them.
+type Scenario struct {
+	Name    string // such as "half-close/from-client"
+	Meaning string // what a relay that passes does, in one line
+	Level   Level
+	Client  Caps // what the client's leg must carry
+	Origin  Caps // what the origin's leg must carry
+	Alone   bool // it measures the process or the relay, so that nothing else may run beside it
+
+	metered bool // it needs a Meter
+	play    func(*trial) error
+}
+
+// LeftOut says why the scenario cannot be played on the bed, or returns "".
+func (s Scenario) LeftOut(b Bed) string {
+	client, origin := b.Caps()
+	if lack := s.Client &^ client; lack != 0 {
+		return fmt.Sprintf("the client's leg has no %v", lack)
+	}
+	if lack := s.Origin &^ origin; lack != 0 {
+		return fmt.Sprintf("the origin's leg has no %v", lack)
+	}
+	if s.metered {
+		if m, ok := b.(Meter); !ok {
+			return "the relay is not measured"
+		} else if _, err := m.CPU(); err != nil {
+			return "the relay is not measured: " + err.Error()
+		}
+	}
+	return ""
+}
+
+// Verdict is what became of one scenario.
+type Verdict struct {
+	Scenario Scenario
+	Err      error    // what went wrong, nil if the relay passed
+	Notes    []string // what was measured
+	Took     time.Duration
+}
+
+// Check plays s on b and says what became of it. It returns within the timeout of the options and
+// little more, and closes every connection that it opened.
+func Check(ctx context.Context, b Bed, s Scenario, o Options) Verdict {
+	o = o.fill()
+	start := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, o.Timeout)
+	defer cancel()
+	t := &trial{Options: o, ctx: ctx, bed: b}
+	unblock := context.AfterFunc(ctx, t.close)
+	err := s.play(t)
+	if ctx.Err() != nil {
+		err = errors.Join(fmt.Errorf("gave up after %v", time.Since(start).Round(time.Millisecond)), err)
+	}
+	unblock()
+	t.close()
+	t.background.Wait()
+	if err == nil {
+		err = t.over()
+	}
+	return Verdict{Scenario: s, Err: err, Notes: t.notes, Took: time.Since(start)}
+}
+
+// trial is one play of one scenario on one bed.
+type trial struct {
+	Options
+	ctx        context.Context
+	bed        Bed
+	background sync.WaitGroup // writers that run until their conn is closed
+
+	mu     sync.Mutex
+	pairs  []*Pair
+	ends   []*end
+	closed bool
+	notes  []string
+}
+
+// leaving is how long a relay may take to be done with a connection whose ends are both gone.
+const leaving = 5 * time.Second
+
+// open opens a connection and returns the end that acts and the one at the other side.
+func (t *trial) open(from side) (near, far *end, err error) {
+	p, err := t.bed.Open(t.ctx)
+	if err != nil {
+		return nil, nil, fmt.Errorf("opening a connection: %w", err)
+	}
+	clientCaps, originCaps := t.bed.Caps()
+	near = newEnd(t, "client", p.Client, clientCaps)
+	far = newEnd(t, "origin", p.Origin, originCaps)
+	t.mu.Lock()
+	t.pairs = append(t.pairs, p)
+	t.ends = append(t.ends, near, far)
+	closed := t.closed
+	t.mu.Unlock()
+	if closed {
+		near.Close()
+		far.Close()
+		return nil, nil, t.ctx.Err()
+	}
+	if from == fromOrigin {
+		near, far = far, near
+	}
+	return near, far, nil
+}
+
+func (t *trial) close() {
+	t.mu.Lock()
+	t.closed = true
+	ends := t.ends
+	t.mu.Unlock()
+	for _, e := range ends {
+		e.drop()
+	}
+}
+
+// over waits until the relay has ended every connection of the trial, all of whose ends are closed.
+func (t *trial) over() error {
+	limit := time.After(leaving)
+	t.mu.Lock()
+	pairs := t.pairs
+	t.mu.Unlock()
+	for i, p := range pairs {
+		if p.Done == nil {
+			continue
+		}
+		select {
+		case <-p.Done:
+		case <-limit:
+			return fmt.Errorf("the relay still holds connection %d of %d, %v after both its ends have closed",
+				i+1, len(pairs), leaving)
+		}
+	}
+	return nil
+}
+
+func (t *trial) note(format string, args ...any) {
+	t.mu.Lock()
+	t.notes = append(t.notes, fmt.Sprintf(format, args...))
+	t.mu.Unlock()
+}
+
+// both runs f and g at a time and returns the first's error, or else the second's.
+func both(f, g func() error) error {
+	other := make(chan error, 1)
+	go func() { other <- g() }()
+	err := f()
+	return errors.Join(err, <-other)
+}
+
+// side says which end does what a scenario is named for.
+type side uint8
+
+const (
+	fromClient side = iota
+	fromOrigin
+)
+
+func (s side) String() string { return [...]string{"from-client", "from-origin"}[s] }
+
+// either makes the two forms of a scenario in which one end, near, acts and the other, far, sees it.
+func either(s Scenario, near, far Caps, play func(t *trial, from side) error) []Scenario {
+	up, down := s, s
+	up.Name, down.Name = s.Name+"/from-client", s.Name+"/from-origin"
+	up.Client, up.Origin = near, far
+	down.Client, down.Origin = far, near
+	up.play = func(t *trial) error { return play(t, fromClient) }
+	down.play = func(t *trial) error { return play(t, fromOrigin) }
+	return []Scenario{up, down}
+}
+
+// Scenarios returns all scenarios, in the order in which they are best read.
+func Scenarios() []Scenario {
+	var all []Scenario
+	all = append(all, byteScenarios()...)
+	all = append(all, halfCloseScenarios()...)
+	all = append(all, closeScenarios()...)
+	all = append(all, stallScenarios()...)
+	all = append(all, resetScenarios()...)
+	all = append(all, costScenarios()...)
+	return all
+}

@@ -1,0 +1,210 @@
+package relaytest
+
+import (
+	"fmt"
+	"io"
+)
+
+func resetScenarios() []Scenario {
+	s := either(Scenario{
+		Name:    "reset-idle",
+		Meaning: "a reset of an idle connection arrives as a reset, at once",
+	}, Reset, 0, playResetIdle)
+	s = append(s, either(Scenario{
+		Name:    "reset-sending",
+		Meaning: "a transfer that its sender aborts does not look complete",
+	}, Reset, 0, playResetSending)...)
+	s = append(s, either(Scenario{
+		Name:    "reset-receiving",
+		Meaning: "when a reader aborts a transfer, its sender is told so",
+	}, Reset, 0, playResetReceiving)...)
+	s = append(s, either(Scenario{
+		Name:    "reset-behind-data",
+		Meaning: "a reset arrives although the relay is stuck with data for an end that does not read",
+	}, Reset|Watch, Watch|Buffered, playResetBehindData)...)
+	s = append(s, either(Scenario{
+		Name:    "reset-after-half-close",
+		Meaning: "a reset by an end that has half-closed arrives, although nobody reads or writes",
+	}, HalfClose|Reset|Watch, HalfClose|Watch, playResetAfterHalfClose)...)
+	s = append(s, either(Scenario{
+		Name:    "reset-in-reply",
+		Meaning: "a reply that is aborted after the request's half-close does not look complete",
+	}, HalfClose|Reset, HalfClose, playResetInReply)...)
+	s = append(s, either(Scenario{
+		Name:    "reset-after-reply",
+		Meaning: "a reset after a whole request and reply arrives as a reset",
+	}, Reset, 0, playResetAfterReply)...)
+	s = append(s, either(Scenario{
+		Name:    "data-before-reset",
+		Meaning: "what was delivered before a reset is delivered, and then the reset",
+	}, Reset|Buffered, Buffered, playDataBeforeReset)...)
+	return s
+}
+
+// talked opens a connection on which each end has heard the other.
+func talked(t *trial, from side) (near, far *end, err error) {
+	if near, far, err = t.open(from); err != nil {
+		return nil, nil, err
+	}
+	say := func(from, to *end, what string) error {
+		return both(
+			func() error { return from.send([]byte(what)) },
+			func() error { return to.expect(what, t.Prompt) },
+		)
+	}
+	if err := say(near, far, "ping"); err != nil {
+		return nil, nil, err
+	}
+	return near, far, say(far, near, "pong")
+}
+
+func playResetIdle(t *trial, from side) error {
+	near, far, err := talked(t, from)
+	if err != nil {
+		return err
+	}
+	if err := near.reset(); err != nil {
+		return err
+	}
+	return far.expectBroken(t.Prompt)
+}
+
+func playResetSending(t *trial, from side) error {
+	near, far, err := t.open(from)
+	if err != nil {
+		return err
+	}
+	near.flood(1)
+	if err := far.sink(1, 1<<20); err != nil {
+		return err
+	}
+	if err := near.reset(); err != nil {
+		return err
+	}
+	return far.expectBroken(2 * t.Prompt)
+}
+
+func playResetReceiving(t *trial, from side) error {
+	near, far, err := t.open(from)
+	if err != nil {
+		return err
+	}
+	f := far.flood(1)
+	if err := near.sink(1, 1<<20); err != nil {
+		return err
+	}
+	if err := near.reset(); err != nil {
+		return err
+	}
+	return f.failed(2 * t.Prompt)
+}
+
+func playResetBehindData(t *trial, from side) error {
+	near, far, err := t.open(from)
+	if err != nil {
+		return err
+	}
+	if err := near.flood(1).blocked(t.Held); err != nil {
+		return err
+	}
+	if err := near.reset(); err != nil {
+		return err
+	}
+	if err := far.awaitBroken(2 * t.Prompt); err != nil {
+		return err
+	}
+	n, err := far.drain(1, -1)
+	if err == io.EOF && far.can(Reset) {
+		return far.errorf("read %d bytes of an aborted transfer, and then a clean end", n)
+	}
+	return nil
+}
+
+func playResetAfterHalfClose(t *trial, from side) error {
+	near, far, err := asked(t, from)
+	if err != nil {
+		return err
+	}
+	if err := near.reset(); err != nil {
+		return err
+	}
+	if err := far.awaitBroken(2 * t.Prompt); err != nil {
+		return err
+	}
+	return far.expectWritesFail(t.Prompt)
+}
+
+func playResetInReply(t *trial, from side) error {
+	// It is the one who replies that resets, so that the one who asks is at the other side.
+	asker, near, err := asked(t, from^1)
+	if err != nil {
+		return err
+	}
+	const part = 20 << 10
+	if err := near.pour(2, part); err != nil {
+		return err
+	}
+	if err := asker.sink(2, part); err != nil {
+		return fmt.Errorf("the reply after a half-close: %w", err)
+	}
+	if err := near.reset(); err != nil {
+		return err
+	}
+	return asker.expectBroken(t.Prompt)
+}
+
+func playResetAfterReply(t *trial, from side) error {
+	near, far, err := t.open(from)
+	if err != nil {
+		return err
+	}
+	const reply = 200 << 10
+	if err := both(
+		func() error {
+			if err := near.expect(request, t.Prompt); err != nil {
+				return err
+			}
+			return near.pour(2, reply)
+		},
+		func() error {
+			if err := far.send([]byte(request)); err != nil {
+				return err
+			}
+			return far.sink(2, reply)
+		},
+	); err != nil {
+		return err
+	}
+	if err := near.reset(); err != nil {
+		return err
+	}
+	return far.expectBroken(t.Prompt)
+}
+
+func playDataBeforeReset(t *trial, from side) error {
+	return rounds(t.Rounds/10, func() error {
+		near, far, err := t.open(from)
+		if err != nil {
+			return err
+		}
+		const n = 40 << 10
+		if err := near.pour(1, n); err != nil {
+			return err
+		}
+		if err := near.taken(); err != nil {
+			return err
+		}
+		if err := near.reset(); err != nil {
+			return err
+		}
+		if far.can(Watch) {
+			if err := far.awaitBroken(2 * t.Prompt); err != nil {
+				return err
+			}
+		}
+		if err := far.sink(1, n); err != nil {
+			return err
+		}
+		return far.expectBroken(2 * t.Prompt)
+	})
+}
