@@ -1,0 +1,36 @@
+# make test is the whole test: it installs what the tests need, and a skipped test is a failure.
+
+GO          ?= go
+FUZZTIME    ?= 10s
+SOAK        ?= 10m
+STATICCHECK  = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK  = golang.org/x/vuln/cmd/govulncheck@v1.9.0
+
+.PHONY: all build test lint bench soak fuzz
+
+all: build
+
+build:
+	$(GO) build ./cmd/sluice
+
+test:
+	test/install
+	SLUICE_TEST_NOSKIP=1 $(GO) run ./test/noskip -race -count=1 ./...
+
+lint:
+	@unformatted="$$(gofmt -l .)"; if [ -n "$$unformatted" ]; then echo "gofmt -w these: $$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+	GO='$(GO)' test/vulncheck $(GOVULNCHECK) ./...
+
+# What the README's figures come from.
+bench:
+	$(GO) run ./bench
+
+# The mixed endings of test/e2e again and again, for SOAK.
+soak:
+	SLUICE_SOAK=$(SOAK) $(GO) test -race -count=1 -timeout 0 -run '^TestMixedEndings$$' -v ./test/e2e
+
+# Every fuzz target for FUZZTIME. (make test runs their seeds.)
+fuzz:
+	GO='$(GO)' test/fuzz $(FUZZTIME)
