@@ -90,6 +90,8 @@ var reasonErrors = []struct {
 }{
 	{relay.ErrIdle, Idle},
 	{relay.ErrHalfOpen, HalfOpen},
+	{context.Canceled, Canceled},
+	{ErrStopped, Canceled},
 	{context.DeadlineExceeded, Timeout},
 	{os.ErrDeadlineExceeded, Timeout},
 	{syscall.ETIMEDOUT, Timeout},
@@ -109,6 +111,5 @@ var reasonErrors = []struct {
 	{errors.ErrUnsupported, Unsupported},
 	{syscall.EAFNOSUPPORT, Unsupported},
 	{syscall.EPROTONOSUPPORT, Unsupported},
-	{context.Canceled, Canceled},
 	{net.ErrClosed, Canceled},
 }
