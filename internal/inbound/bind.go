@@ -13,10 +13,8 @@ import (
 	"time"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/internal/sockopt"
 )
-
-// keepAlive notices a machine that vanished, within a minute or so.
-var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 15 * time.Second, Count: 3}
 
 // bindError is an error of bind in words that say what to do; it is the error beneath to errors.Is.
 type bindError struct {
@@ -41,7 +39,7 @@ func bind(ctx context.Context, a proxy.Addr, mode fs.FileMode) (net.Listener, er
 }
 
 func bindTCP(ctx context.Context, a proxy.Addr) (net.Listener, error) {
-	lc := net.ListenConfig{KeepAliveConfig: keepAlive}
+	lc := net.ListenConfig{KeepAliveConfig: sockopt.KeepAlive()}
 	// Sockets of multipath TCP differ in resets and options, and the relay counts on those of TCP.
 	lc.SetMultipathTCP(false)
 	ln, err := lc.Listen(ctx, "tcp", a.HostPort())

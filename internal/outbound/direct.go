@@ -1,0 +1,86 @@
+// Package outbound holds the ways out: each file has one [proxy.Dialer], which opens streams to
+// destinations directly or through an upstream. Dialers compose: one that speaks to an upstream
+// reaches it through another, so that a chain of proxies is a dialer like any other.
+//
+// A dialer's error keeps the cause in a form that [proxy.ReasonOf] knows, because the client is told
+// exactly that.
+package outbound
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/internal/sockopt"
+)
+
+// Direct connects to destinations itself. The zero value is ready to use. Names are resolved here, and where one
+// has several addresses, IPv6 and IPv4 race (RFC 8305).
+type Direct struct {
+	BindAddr  netip.Addr    // the source address; only destinations of its family can be reached. Zero: the kernel chooses
+	Interface string        // the network interface, as "eth0"; empty: as the routes say. Linux
+	Mark      int           // the packets' mark for routing rules (SO_MARK); 0: none. Linux, with CAP_NET_ADMIN
+	Timeout   time.Duration // for one dial, with all addresses of a name; 0: as the context says
+	Resolver  *net.Resolver // nil: the system's
+}
+
+var _ proxy.Dialer = (*Direct)(nil)
+
+// DialStream implements proxy.Dialer. It returns a *net.TCPConn or a *net.UnixConn.
+func (d *Direct) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, error) {
+	dialer := net.Dialer{Timeout: d.Timeout, KeepAliveConfig: sockopt.KeepAlive(), Resolver: d.Resolver}
+	switch {
+	case dst.Network == "unix":
+	case dst.Network != "tcp":
+		return nil, fmt.Errorf("outbound: direct: %v: %w", dst, errors.ErrUnsupported)
+	case dst.Host == "": // net would take it for this machine
+		return nil, fmt.Errorf("outbound: direct: %v: %w", dst, &net.DNSError{Err: "no name", IsNotFound: true})
+	default:
+		// Sockets of multipath TCP differ in resets and options, and the relay counts on those of TCP.
+		dialer.SetMultipathTCP(false)
+		dialer.Control = d.control()
+		if d.BindAddr.IsValid() {
+			dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(d.BindAddr, 0))
+		}
+	}
+	c, err := dialer.DialContext(ctx, dst.Network, dst.HostPort())
+	if err != nil {
+		return nil, d.explain(err)
+	}
+	return c, nil
+}
+
+func (d *Direct) control() sockopt.Control {
+	var options []sockopt.Control
+	if d.Mark != 0 {
+		options = append(options, sockopt.Mark(d.Mark))
+	}
+	if d.Interface != "" {
+		options = append(options, sockopt.Device(d.Interface))
+	}
+	return sockopt.All(options...)
+}
+
+// explain adds to err what a person can do about settings that do not fit this machine.
+func (d *Direct) explain(err error) error {
+	const wrap = "outbound: direct: %w"
+	_, noAddr := errors.AsType[*net.AddrError](err)
+	switch {
+	case d.BindAddr.IsValid() && noAddr:
+		return fmt.Errorf(wrap+" (the destination has no address that can be reached from %v: %w)",
+			err, d.BindAddr, syscall.EAFNOSUPPORT)
+	case d.BindAddr.IsValid() && errors.Is(err, syscall.EADDRNOTAVAIL):
+		return fmt.Errorf(wrap+" (is %v an address of this machine?)", err, d.BindAddr)
+	case d.Mark != 0 && errors.Is(err, syscall.EPERM):
+		return fmt.Errorf(wrap+" (a mark needs the capability CAP_NET_ADMIN: run as root, or "+
+			"`setcap cap_net_admin+ep` on the program)", err)
+	case d.Interface != "" && errors.Is(err, syscall.ENODEV):
+		return fmt.Errorf(wrap+" (this machine has no interface %s)", err, d.Interface)
+	}
+	return fmt.Errorf(wrap, err)
+}

@@ -1,0 +1,19 @@
+package outbound
+
+import (
+	"context"
+	"fmt"
+	"net"
+
+	"github.com/sluice-proxy/sluice/internal/proxy"
+)
+
+// Reject is the way out for what must not get out: it connects to nothing.
+type Reject struct{}
+
+var _ proxy.Dialer = Reject{}
+
+// DialStream implements proxy.Dialer. Its error is proxy.ErrDenied.
+func (Reject) DialStream(_ context.Context, dst proxy.Addr) (net.Conn, error) {
+	return nil, fmt.Errorf("outbound: reject: %v: %w", dst, proxy.ErrDenied)
+}
