@@ -51,7 +51,8 @@ type listening struct {
 	slots chan struct{} // holds one for each session and for the accept that waits; nil: no limit
 	all   sync.WaitGroup
 
-	full bool // at the limit, and said so; only accept uses it
+	// Of accept alone: when there was last no slot, and when accepting last failed.
+	full, failing episode
 
 	once   sync.Once
 	closed chan struct{}
@@ -171,10 +172,11 @@ func (s *listening) accept() net.Conn {
 	if !s.acquire() {
 		return nil
 	}
+	said := false
 	for pause := time.Duration(0); ; {
 		conn, err := s.ln.Accept()
 		if err == nil {
-			if pause > 0 {
+			if said {
 				s.log.Info("accepting again")
 			}
 			return conn
@@ -186,8 +188,9 @@ func (s *listening) accept() net.Conn {
 		if isGone(err) {
 			continue
 		}
-		if pause == 0 {
+		if s.failing.begins() {
 			s.log.Warn("accepting paused", "err", err, "hint", acceptHint(err))
+			said = true
 		}
 		pause = min(max(2*pause, firstPause), maxPause)
 		select {
@@ -197,6 +200,19 @@ func (s *listening) accept() net.Conn {
 			return nil
 		}
 	}
+}
+
+// An episode is a time of trouble, which is logged once: when it begins.
+type episode struct{ last time.Time }
+
+// episodeGap is how long it must have been quiet for trouble to be a new episode.
+const episodeGap = 10 * time.Second
+
+// begins is called at each trouble and says whether a new episode begins with it.
+func (e *episode) begins() bool {
+	now := time.Now()
+	defer func() { e.last = now }()
+	return e.last.IsZero() || now.Sub(e.last) >= episodeGap
 }
 
 // isGone says whether err is about the client that was to be accepted and not about the listener.
@@ -224,12 +240,10 @@ func (s *listening) acquire() bool {
 	}
 	select {
 	case s.slots <- struct{}{}:
-		s.full = false
 		return true
 	default:
 	}
-	if !s.full {
-		s.full = true // until a slot is free without waiting
+	if s.full.begins() {
 		s.log.Warn("accepting paused: as many sessions as max_conns allows", "max_conns", cap(s.slots))
 	}
 	select {
