@@ -164,12 +164,11 @@ func (m *machine) expired() action {
 	case settling:
 		for s := range m.way {
 			if s := Side(s); m.way[s] == flowing {
-				err := m.err[s.other()]
-				if m.failed[s] != nil { // its bytes wait, and the other side does not take them
+				if err := m.failed[s]; err != nil { // its bytes wait, and the other side does not take them
 					m.finish(s, broken, Read, err)
 					return m.over()
 				}
-				m.finish(s, broken, Read, err)
+				m.finish(s, broken, Read, m.err[s.other()])
 				return stopA<<s | m.drainTo(s.other())
 			}
 		}
