@@ -375,7 +375,7 @@ func TestSOCKS5ByCurl(t *testing.T) {
 		}
 	}
 	proxytest.Until(t, "the end of all sessions", func() bool { return engine.Sessions() == 0 })
-	if log.count("user=ann") != 2 || log.count("reason=done") != 7 {
+	if log.count("user=ann") != 2 || log.count("msg=session ") != 7 {
 		t.Error(log.b.String())
 	}
 }
