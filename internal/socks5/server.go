@@ -73,7 +73,7 @@ func (s *Server) greet(w io.Writer, m *message) (user string, err error) {
 	}
 	choose(w, methodRefused)
 	if s.Check != nil {
-		return "", authError("client offers no user name and password, and without them nobody comes in")
+		return "", authError("client offers no user name and password, and nobody comes in without")
 	}
 	return "", authError(fmt.Sprintf("client offers no method of authentication that is known here (% x)", methods))
 }

@@ -186,7 +186,7 @@ func appendAddr(b []byte, a Addr) ([]byte, error) {
 		b = append(b, typeName, byte(len(host)))
 		b = append(b, host...)
 	case ip.Zone() != "":
-		return nil, fmt.Errorf("socks5: %s: the proxy cannot know this machine's zones: %w", host, errors.ErrUnsupported)
+		return nil, fmt.Errorf("socks5: %s: a proxy knows nothing of zones here: %w", host, errors.ErrUnsupported)
 	default:
 		b = appendIP(b, ip)
 	}
