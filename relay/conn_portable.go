@@ -44,8 +44,10 @@ func (c *conn) failure() error { return c.socket.failure() }
 
 // wasReset tells, after a Read has reported the end, whether that was the end of the stream. A
 // reset shows itself once; if a Write on the other way has consumed it, Read sees an end.
+// A socket that both sides have ended is as dead as one that was reset, so ended is looked at last:
+// it is set before our own end is sent.
 func (c *conn) wasReset() bool {
-	return c.socket.raw != nil && !c.ended.Load() && c.socket.dead()
+	return c.socket.raw != nil && c.socket.dead() && !c.ended.Load()
 }
 
 // unsent returns how many bytes the kernel still holds for the peer. ok is false where that cannot be known.
