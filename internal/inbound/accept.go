@@ -155,6 +155,7 @@ func (l *Listener) serve(ctx context.Context, handle func(context.Context, *clie
 		s.all.Add(2) // the handler, and the session, which may outlive it
 		go l.run(ctx, c, handle)
 	}
+	s.close() // wait for the one under way
 	s.all.Wait()
 	return nil
 }

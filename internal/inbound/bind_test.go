@@ -43,18 +43,21 @@ func TestPortInUseNamesTheCulprit(t *testing.T) {
 func TestBindErrors(t *testing.T) {
 	taken := &Listener{Addr: loopback}
 	start(t, t.Context(), taken, echo)
+	taken6 := &Listener{Addr: proxy.TCP("::1", 0)}
+	start(t, t.Context(), taken6, echo)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
 	if err := os.WriteFile(file, []byte("keep me"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	port := uint16(taken.BoundAddr().(*net.TCPAddr).Port)
+	port := addrPort(taken.BoundAddr()).Port()
 	for _, test := range []struct {
 		addr  proxy.Addr
 		errno error
 		want  string
 	}{
 		{proxy.TCP("127.0.0.1", port), syscall.EADDRINUSE, "in use by this process already"},
+		{proxy.TCP("::1", addrPort(taken6.BoundAddr()).Port()), syscall.EADDRINUSE, "in use by this process already"},
 		{proxy.TCP("192.0.2.1", 0), syscall.EADDRNOTAVAIL, "this machine has no address 192.0.2.1"},
 		{unixAddr(file), syscall.EADDRINUSE, "a file that is not a socket"},
 		{unixAddr(filepath.Join(dir, "no", "s")), syscall.ENOENT, "no such directory"},

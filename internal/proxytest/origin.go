@@ -1,6 +1,7 @@
 package proxytest
 
 import (
+	"bufio"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -239,4 +240,22 @@ func CertificateFiles(t testing.TB) (both, certOnly string) {
 		t.Fatal(err)
 	}
 	return both, certOnly
+}
+
+// AfterHeader returns an origin's serve that reads to the first empty line, as that at the end of an HTTP
+// request without a body, and then answers and closes.
+func AfterHeader(answer string) func(net.Conn) {
+	return func(c net.Conn) {
+		r := bufio.NewReader(c)
+		for {
+			line, err := r.ReadString('\n')
+			if err != nil {
+				return
+			}
+			if line == "\r\n" {
+				io.WriteString(c, answer)
+				return
+			}
+		}
+	}
 }
