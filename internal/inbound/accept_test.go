@@ -24,6 +24,8 @@ import (
 
 var loopback = proxy.TCP("127.0.0.1", 0)
 
+func unixAddr(path string) proxy.Addr { return proxy.Addr{Network: "unix", Host: path} }
+
 // logBuffer is a log that a test may read while others write it.
 type logBuffer struct {
 	mu sync.Mutex

@@ -18,8 +18,6 @@ import (
 	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
-func unixAddr(path string) proxy.Addr { return proxy.Addr{Network: "unix", Host: path} }
-
 func TestPortInUseNamesTheCulprit(t *testing.T) {
 	port := proxytest.FreePort(t)
 	addr := proxy.TCP("127.0.0.1", port)
