@@ -180,8 +180,10 @@ func TestCloseEndsHandshakesOnly(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			failed := make(chan error, 1)
+			var begun atomic.Int32
 			l := &Listener{Addr: loopback}
 			a := start(t, ctx, l, func(ctx context.Context, c *client) {
+				begun.Add(1)
 				b := make([]byte, 1)
 				if _, err := io.ReadFull(c.reader(), b); err != nil {
 					failed <- err
@@ -196,9 +198,9 @@ func TestCloseEndsHandshakesOnly(t *testing.T) {
 			if _, err := io.ReadFull(session, make([]byte, 1)); err != nil {
 				t.Fatal(err)
 			}
-			for l.s.shakes() != 1 { // the session's is over, the other's has begun
-				time.Sleep(time.Millisecond)
-			}
+			proxytest.Until(t, "one handshake is over, the other has begun", func() bool {
+				return begun.Load() == 2 && l.s.shakes() == 1
+			})
 			if how == "close" {
 				l.Close()
 			} else {
