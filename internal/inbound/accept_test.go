@@ -385,7 +385,7 @@ func TestPanicCostsOneClient(t *testing.T) {
 }
 
 // scriptedListener answers Accept with each error in turn, and then blocks. No error is a conn, and
-// quiet is one after a while.
+// errQuiet is one after a while.
 type scriptedListener struct {
 	net.Listener // nil
 	errs         []error
@@ -393,15 +393,15 @@ type scriptedListener struct {
 	closed       chan struct{}
 }
 
-var quiet = errors.New("20 s")
+var errQuiet = errors.New("20 s")
 
 func (l *scriptedListener) Accept() (net.Conn, error) {
 	l.calls = append(l.calls, time.Now())
 	if n := len(l.calls) - 1; n < len(l.errs) {
-		if l.errs[n] == quiet {
+		if l.errs[n] == errQuiet {
 			time.Sleep(20 * time.Second)
 		}
-		if l.errs[n] == nil || l.errs[n] == quiet {
+		if l.errs[n] == nil || l.errs[n] == errQuiet {
 			c, d := net.Pipe()
 			d.Close()
 			return c, nil
@@ -418,7 +418,7 @@ func TestAcceptBacksOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m, gone := syscall.EMFILE, syscall.ECONNABORTED
 		ln := &scriptedListener{closed: make(chan struct{}), errs: []error{
-			gone, m, m, gone, m, m, m, m, m, m, m, m, nil, syscall.ENOMEM, nil, quiet, m, nil}}
+			gone, m, m, gone, m, m, m, m, m, m, m, m, nil, syscall.ENOMEM, nil, errQuiet, m, nil}}
 		ms := []int{0, 5, 10, 0, 20, 40, 80, 160, 320, 640, 1000, 1000, 0, 5, 0, 20_000, 5, 0}
 		var log logBuffer
 		l := &Listener{Log: log.logger()}
