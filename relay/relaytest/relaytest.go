@@ -91,6 +91,8 @@ type Options struct {
 	// Held is how many bytes relay and kernels together may hold for a reader that stalls before
 	// the writer blocks. Zero is 40 MiB.
 	Held int64
+	// Only leaves out, in package testing, the scenarios whose names do not contain it.
+	Only string
 	// Timeout ends a scenario that hangs. Zero is 15 s and Silence.
 	Timeout time.Duration
 }
