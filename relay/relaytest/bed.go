@@ -180,9 +180,9 @@ func (b *Dialed) Open(ctx context.Context) (*Pair, error) {
 			return nil, a.err
 		}
 		return &Pair{Client: client, Origin: a.conn}, nil
-	case <-time.After(leaving):
+	case <-time.After(dialing):
 		err = fmt.Errorf("relaytest: the relay has taken a connection and did not dial the origin %v in %v",
-			b.Origin.Addr(), leaving)
+			b.Origin.Addr(), dialing)
 	case <-ctx.Done():
 		err = ctx.Err()
 	}
@@ -190,6 +190,9 @@ func (b *Dialed) Open(ctx context.Context) (*Pair, error) {
 	b.interrupt(accepted)
 	return nil, err
 }
+
+// dialing is how long a relay may take to dial the origin.
+const dialing = 5 * time.Second
 
 type accepting struct {
 	conn net.Conn

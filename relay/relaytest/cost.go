@@ -10,45 +10,53 @@ import (
 )
 
 func costScenarios() []Scenario {
-	quiet := Scenario{Level: Should, Alone: true, metered: true}
-	named := func(name, meaning string) Scenario {
-		s := quiet
-		s.Name, s.Meaning = name, meaning
-		return s
+	return []Scenario{
+		{
+			Name:    "cpu-half-closed",
+			Meaning: "a half-closed connection costs no processor time while it is silent",
+			Level:   Should, Client: HalfClose, Origin: HalfClose, Alone: true, metered: true,
+			play: playCPUHalfClosed,
+		},
+		{
+			Name:    "cpu-stalled",
+			Meaning: "a connection whose reader stalls costs no processor time",
+			Level:   Should, Alone: true, metered: true,
+			play: playCPUStalled,
+		},
+		{
+			Name:    "mixed-endings",
+			Meaning: "connections that end in every way, many at a time, leave nothing behind",
+			Alone:   true,
+			play:    playMixedEndings,
+		},
 	}
-	s := either(named("cpu-half-closed", "a half-closed connection costs no processor time while it is silent"),
-		HalfClose, HalfClose, playCPUHalfClosed)
-	s = append(s, either(named("cpu-stalled", "a connection whose reader stalls costs no processor time"),
-		0, 0, playCPUStalled)...)
-	return append(s, Scenario{
-		Name:    "mixed-endings",
-		Meaning: "connections that end in every way, many at a time, leave nothing behind",
-		Alone:   true,
-		play:    playMixedEndings,
-	})
 }
 
-func playCPUHalfClosed(t *trial, from side) error {
-	if _, _, err := asked(t, from); err != nil {
-		return err
+func playCPUHalfClosed(t *trial) error {
+	for _, from := range [...]side{fromClient, fromOrigin} {
+		if _, _, err := asked(t, from); err != nil {
+			return err
+		}
 	}
 	return t.quiet("is half-closed and silent")
 }
 
-func playCPUStalled(t *trial, from side) error {
-	near, _, err := t.open(from)
-	if err != nil {
-		return err
-	}
-	if err := near.flood(1).blocked(t.Held); err != nil {
-		return err
+func playCPUStalled(t *trial) error {
+	for _, from := range [...]side{fromClient, fromOrigin} {
+		near, _, err := t.open(from)
+		if err != nil {
+			return err
+		}
+		if err := near.flood(1).blocked(t.Held); err != nil {
+			return err
+		}
 	}
 	return t.quiet("waits for a reader that stalls")
 }
 
 // quiet measures the relay's processor time while nothing happens.
 func (t *trial) quiet(while string) error {
-	const span, limit = 300 * time.Millisecond, 0.2
+	const span, limit = 300 * time.Millisecond, 0.05
 	meter, ok := t.bed.(Meter)
 	if !ok {
 		return errors.ErrUnsupported
@@ -91,14 +99,14 @@ func playMixedEndings(t *trial) error {
 			return nil
 		}
 		var err error
-		limit := time.Now().Add(leaving)
+		limit := time.Now().Add(t.leaving())
 		for {
 			if fds[i], routines[i], err = meter.Held(); errors.Is(err, errors.ErrUnsupported) {
 				return nil
 			} else if err != nil {
 				return err
 			}
-			if i == 0 && time.Until(limit) < leaving-200*time.Millisecond ||
+			if i == 0 && time.Until(limit) < t.leaving()-200*time.Millisecond ||
 				i == 1 && fds[1] <= fds[0]+slack && routines[1] <= routines[0]+slack ||
 				time.Now().After(limit) {
 				break
@@ -143,15 +151,15 @@ var endings = [...]func(a, b *end) error{
 	func(a, b *end) error { return nil }, // both close at once
 	func(a, b *end) error { // a request and its reply
 		return errors.Join(
-			both(func() error { return a.send([]byte(request)) }, func() error { return b.expect(request, leaving) }),
-			both(func() error { return b.send([]byte(verdict)) }, func() error { return a.expect(verdict, leaving) }),
+			both(func() error { return a.send([]byte(request)) }, func() error { return b.expect(request, a.t.leaving()) }),
+			both(func() error { return b.send([]byte(verdict)) }, func() error { return a.expect(verdict, a.t.leaving()) }),
 		)
 	},
 	func(a, b *end) error { // as above, by a half-close
 		if !a.can(HalfClose) || !b.can(HalfClose) {
 			return nil
 		}
-		return errors.Join(a.closeWrite(), b.expectEnd(leaving),
+		return errors.Join(a.closeWrite(), b.expectEnd(a.t.leaving()),
 			both(func() error { return b.pour(1, 100<<10) }, func() error { return a.sink(1, 100<<10) }))
 	},
 	func(a, b *end) error { // reset
@@ -162,23 +170,23 @@ var endings = [...]func(a, b *end) error{
 		f := a.flood(1)
 		err := b.sink(1, 300<<10)
 		a.leave()
-		return errors.Join(err, f.failed(leaving))
+		return errors.Join(err, f.failed(a.t.leaving()))
 	},
 	func(a, b *end) error { // a stalled reader, and its writer is reset
 		f := a.flood(1)
-		err := f.blocked(a.t.Held)
+		err := f.blocked(4 * a.t.Held)
 		a.leave()
 		return err
 	},
 	func(a, b *end) error { // a stalled reader that closes with bytes unread
 		f := a.flood(1)
-		err := f.blocked(a.t.Held)
+		err := f.blocked(4 * a.t.Held)
 		b.Close()
-		return errors.Join(err, f.failed(leaving))
+		return errors.Join(err, f.failed(a.t.leaving()))
 	},
 	func(a, b *end) error { // a half-close, then a reset from the other side
 		if a.can(HalfClose) && b.can(HalfClose) {
-			if err := errors.Join(a.closeWrite(), b.expectEnd(leaving)); err != nil {
+			if err := errors.Join(a.closeWrite(), b.expectEnd(a.t.leaving())); err != nil {
 				return err
 			}
 		}

@@ -283,7 +283,7 @@ func (f *flood) run(seed byte) {
 
 // blocked waits until the writer is stuck, which it must be before it has sent limit bytes.
 func (f *flood) blocked(limit int64) error {
-	const still = 200 * time.Millisecond
+	const still = 250 * time.Millisecond
 	last, since := f.sent.Load(), time.Now()
 	for time.Since(since) < still {
 		select {

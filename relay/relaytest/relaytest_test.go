@@ -1,10 +1,68 @@
 package relaytest
 
-import "testing"
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"testing"
+)
 
 // With no relay at all, every scenario passes over every transport.
 func TestDirect(t *testing.T) {
 	for _, l := range Legs() {
 		t.Run(l.Name, func(t *testing.T) { RunBed(t, Direct(l), Options{}) })
 	}
+}
+
+// The same for the bed that dials, where the relay's address is the origin's own.
+func TestDialedDirect(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	RunBed(t, &Dialed{Origin: ln, Dial: Forward("tcp", ln.Addr().String())}, Options{Rounds: 40, Bytes: 1 << 20})
+}
+
+// A relay that takes connections and dials nobody, or cannot be dialled, ends an Open with a reason.
+func TestDialedToNoRelay(t *testing.T) {
+	origin, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer origin.Close()
+	deaf, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bed := &Dialed{Origin: origin, Dial: Forward("tcp", deaf.Addr().String())}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	gaveUp := errors.New("gave up")
+	go func() {
+		c, err := deaf.Accept()
+		if err == nil {
+			defer c.Close()
+		}
+		cancel(gaveUp)
+		if c != nil {
+			io.Copy(io.Discard, c)
+		}
+	}()
+	if _, err := bed.Open(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("a relay that dials nobody: %v", err)
+	}
+	deaf.Close()
+	if _, err := bed.Open(t.Context()); err == nil || !strings.Contains(err.Error(), "refused") {
+		t.Errorf("nothing listens: %v", err)
+	}
+	// And the bed is as good as before.
+	bed.Dial = Forward("tcp", origin.Addr().String())
+	p, err := bed.Open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Client.Close()
+	p.Origin.Close()
 }

@@ -7,7 +7,6 @@ import (
 	"net"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -25,8 +24,9 @@ func Run(t *testing.T, join func(ctx context.Context, client, origin net.Conn)) 
 }
 
 // RunOver does as [Run] over every leg to every leg, with one subtest for each of the mixes; no legs
-// are all [Legs]. Sizes that o leaves zero are smaller than elsewhere, for there are many mixes. The
-// test's log says which scenarios a mix leaves out.
+// are all [Legs]. Since there are many mixes, sizes that o leaves zero are smaller than elsewhere,
+// and what has to be measured is measured between legs of one kind only. The test's log says which
+// scenarios a mix cannot carry.
 func RunOver(t *testing.T, o Options, join func(ctx context.Context, client, origin io.ReadWriteCloser), legs ...Leg) {
 	t.Helper()
 	if len(legs) == 0 {
@@ -35,10 +35,19 @@ func RunOver(t *testing.T, o Options, join func(ctx context.Context, client, ori
 	o.Bytes = cmp.Or(o.Bytes, 512<<10)
 	o.Rounds = cmp.Or(o.Rounds, 20)
 	o.Silence = cmp.Or(o.Silence, 100*time.Millisecond)
+	var runs []*run
 	for _, client := range legs {
 		for _, origin := range legs {
-			t.Run(client.Name+"-"+origin.Name, func(t *testing.T) { RunBed(t, Joined(client, origin, join), o) })
+			r := newRun(client.Name+"-"+origin.Name, Joined(client, origin, join), o)
+			if client.Name != origin.Name {
+				r.alone = nil
+			}
+			runs = append(runs, r)
 		}
+	}
+	playAll(t.Context(), runs)
+	for _, r := range runs {
+		t.Run(r.name, r.report)
 	}
 }
 
@@ -47,39 +56,70 @@ func RunOver(t *testing.T, o Options, join func(ctx context.Context, client, ori
 // [Options.Only] and not go test's -run. Those that measure are played one by one.
 func RunBed(t *testing.T, b Bed, o Options) {
 	t.Helper()
-	const lanes = 8
-	var play, alone []Scenario
-	var left []string
+	r := newRun("", b, o)
+	playAll(t.Context(), []*run{r})
+	r.report(t)
+}
+
+// run is what is played on one bed.
+type run struct {
+	name     string
+	bed      Bed
+	options  Options
+	together []Scenario
+	alone    []Scenario
+	left     []string  // what the bed cannot carry, and why
+	verdicts []Verdict // of together
+}
+
+func newRun(name string, b Bed, o Options) *run {
+	r := &run{name: name, bed: b, options: o}
 	for _, s := range Scenarios() {
 		switch why := s.LeftOut(b); {
 		case !strings.Contains(s.Name, o.Only):
 		case why != "":
-			left = append(left, s.Name+": "+why)
+			r.left = append(r.left, s.Name+": "+why)
 		case s.Alone:
-			alone = append(alone, s)
+			r.alone = append(r.alone, s)
 		default:
-			play = append(play, s)
+			r.together = append(r.together, s)
 		}
 	}
-	verdicts := make([]Verdict, len(play))
-	var next atomic.Int64
+	r.verdicts = make([]Verdict, len(r.together))
+	return r
+}
+
+// playAll plays what can be played together, a few at a time: most of them wait most of the time.
+func playAll(ctx context.Context, runs []*run) {
+	const lanes = 8
+	plays := make(chan func())
 	var all sync.WaitGroup
 	for range lanes {
 		all.Go(func() {
-			for i := next.Add(1) - 1; i < int64(len(play)); i = next.Add(1) - 1 {
-				verdicts[i] = Check(t.Context(), b, play[i], o)
+			for play := range plays {
+				play()
 			}
 		})
 	}
+	for _, r := range runs {
+		for i, s := range r.together {
+			plays <- func() { r.verdicts[i] = Check(ctx, r.bed, s, r.options) }
+		}
+	}
+	close(plays)
 	all.Wait()
-	for _, v := range verdicts {
+}
+
+// report reports what has been played, and plays the rest.
+func (r *run) report(t *testing.T) {
+	for _, v := range r.verdicts {
 		t.Run(v.Scenario.Name, v.report)
 	}
-	for _, s := range alone {
-		t.Run(s.Name, func(t *testing.T) { Check(t.Context(), b, s, o).report(t) })
+	for _, s := range r.alone {
+		t.Run(s.Name, func(t *testing.T) { Check(t.Context(), r.bed, s, r.options).report(t) })
 	}
-	if len(left) > 0 {
-		t.Logf("left out:\n\t%s", strings.Join(left, "\n\t"))
+	if len(r.left) > 0 {
+		t.Logf("left out:\n\t%s", strings.Join(r.left, "\n\t"))
 	}
 }
 

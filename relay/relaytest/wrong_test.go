@@ -5,8 +5,8 @@ import (
 	"io"
 	"net"
 	"os"
-	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -14,29 +14,38 @@ import (
 // wrong are the known ways to write a relay that is wrong, and what each fails at least. Between
 // them they fail every scenario: one that nothing fails would prove nothing.
 func wrong(t *testing.T) []wrongRelay {
+	const up, down = "/from-client", "/from-origin"
+	each := func(names ...string) (all []string) {
+		for _, n := range names {
+			all = append(all, n+up, n+down)
+		}
+		return all
+	}
 	return []wrongRelay{
-		{"waits for both", waitsForBoth, nil},
-		{"closes both", closesBoth, nil},
-		{"deadline on EOF", deadlineOnEOF, nil},
-		{"half-closes only", halfCloses, nil},
-		{"closes read", closesRead, nil},
-		{"unwatched", unwatched, nil},
-		{"drops on error", dropsOnError, nil},
-		{"ignores write errors", ignoresWriteErrors, nil},
-		{"unbounded", unbounded, nil},
-		{"one at a time", oneAtATime, nil},
-		{"origin at a time", originAtATime, nil},
-		{"takes turns", takesTurns, nil},
-		{"fills buffer", fillsBuffer, nil},
-		{"truncates", truncates, nil},
-		{"sniffs", sniffs, nil},
-		{"aborts on EOF", abortsOnEOF, nil},
-		{"nagles", nagles, nil},
-		{"spins", spins, nil},
-		{"shares a lock", sharesLock(), nil},
-		{"leaks goroutines", leaksGoroutines(t), nil},
-		{"leaks descriptors", leaksDescriptors(t), nil},
-		{"never returns", neverReturns(t), nil},
+		{"waits for both", waitsForBoth, each("half-close", "send-and-close")},
+		{"closes both", closesBoth, append(each("half-close", "half-close-silence", "half-close-stalled", "early-response"),
+			"simultaneous-close", "early-response-unread"+up)},
+		{"deadline on EOF", deadlineOnEOF, each("half-close-silence", "half-close-trickle", "half-close-stalled")},
+		{"half-closes only", halfCloses, each("urgent", "reset-idle", "reset-sending", "reset-in-reply",
+			"reset-after-reply", "reset-behind-data", "reset-after-half-close", "data-before-reset")},
+		{"closes read", closesRead, each("reset-idle", "reset-sending")},
+		{"unwatched", unwatched, each("reset-behind-data", "reset-after-half-close")},
+		{"drops on error", dropsOnError, each("data-before-reset")},
+		{"ignores write errors", ignoresWriteErrors, each("reset-receiving", "write-after-close",
+			"early-response-close", "early-response-unread")},
+		{"unbounded", unbounded, each("backpressure")},
+		{"one at a time", oneAtATime, []string{"bytes/both-ways", "origin-first", "bytes" + down}},
+		{"takes turns", takesTurns, each("stalled-direction", "half-close")},
+		{"fills buffer", fillsBuffer, append(each("one-byte-writes", "write-write-read"), "origin-first")},
+		{"truncates", truncates, each("bytes", "send-and-close")},
+		{"sniffs", sniffs, []string{"origin-first"}},
+		{"aborts on EOF", abortsOnEOF, each("half-close", "send-and-close")},
+		{"nagles", nagles, each("write-write-read")},
+		{"spins", spins, []string{"cpu-half-closed", "cpu-stalled"}},
+		{"shares a lock", sharesLock(), each("stalled-connection")},
+		{"leaks goroutines", leaksGoroutines(t), []string{"mixed-endings"}},
+		{"leaks descriptors", leaksDescriptors(t), []string{"mixed-endings"}},
+		{"never returns", neverReturns(t), []string{"bytes" + up}},
 	}
 }
 
@@ -56,37 +65,45 @@ func (w wrongRelay) bed() Bed {
 var impatient = Options{Bytes: 1 << 20, Rounds: 40, Prompt: 500 * time.Millisecond, Timeout: 4 * time.Second}
 
 func TestWrongRelaysFail(t *testing.T) {
-	for _, w := range wrong(t) {
-		for _, name := range w.fails {
-			t.Run(w.name+"/"+name, func(t *testing.T) {
-				i := slices.IndexFunc(Scenarios(), func(s Scenario) bool { return s.Name == name })
-				if i < 0 {
-					t.Fatal("no such scenario")
-				}
-				s := Scenarios()[i]
-				if !s.Alone {
-					t.Parallel()
-				}
-				v := Check(t.Context(), w.bed(), s, impatient)
-				if v.Err == nil {
-					t.Fatalf("it passes, with %q", v.Notes)
-				}
-				t.Log(v.Err)
-			})
-		}
-	}
-}
-
-func TestEveryScenarioCanFail(t *testing.T) {
+	scenarios := make(map[string]Scenario)
 	can := make(map[string]bool)
+	for _, s := range Scenarios() {
+		scenarios[s.Name] = s
+	}
+	var runs []*run
 	for _, w := range wrong(t) {
+		r := &run{name: w.name, bed: w.bed(), options: impatient}
+		runs = append(runs, r)
 		for _, name := range w.fails {
+			s, ok := scenarios[name]
+			if !ok {
+				t.Fatalf("there is no scenario %q", name)
+			}
 			can[name] = true
+			if s.Alone {
+				r.alone = append(r.alone, s)
+			} else {
+				r.together = append(r.together, s)
+			}
+		}
+		r.verdicts = make([]Verdict, len(r.together))
+	}
+	for name := range scenarios {
+		if !can[name] {
+			t.Errorf("no wrong relay fails %s", name)
 		}
 	}
-	for _, s := range Scenarios() {
-		if !can[s.Name] {
-			t.Errorf("no wrong relay fails %s", s.Name)
+	playAll(t.Context(), runs)
+	for _, r := range runs {
+		for _, s := range r.alone {
+			r.verdicts = append(r.verdicts, Check(t.Context(), r.bed, s, impatient))
+		}
+		for _, v := range r.verdicts {
+			if v.Err == nil {
+				t.Errorf("%q passes %s, with %q", r.name, v.Scenario.Name, v.Notes)
+			} else {
+				t.Logf("%q fails %s: %v", r.name, v.Scenario.Name, v.Err)
+			}
 		}
 	}
 }
@@ -270,15 +287,12 @@ func oneAtATime(a, b *net.TCPConn) {
 	closeBoth(a, b)
 }
 
-// The origin, by the same mistake, first.
-func originAtATime(a, b *net.TCPConn) { oneAtATime(b, a) }
-
 // One goroutine and one buffer for both.
 func takesTurns(a, b *net.TCPConn) {
 	defer closeBoth(a, b)
-	buf := make([]byte, 32<<10)
+	buf := make([]byte, 256<<10)
 	for ended := 0; ended < 2; a, b = b, a {
-		a.SetReadDeadline(time.Now().Add(time.Millisecond))
+		a.SetReadDeadline(time.Now().Add(200 * time.Microsecond))
 		n, err := a.Read(buf)
 		if _, werr := b.Write(buf[:n]); werr != nil {
 			return
@@ -355,36 +369,30 @@ func nagles(a, b *net.TCPConn) {
 // It asks again and again.
 func spins(a, b *net.TCPConn) {
 	pair(a, b, func(dst, src *net.TCPConn) {
+		in, _ := src.SyscallConn()
+		out, _ := dst.SyscallConn()
 		buf := make([]byte, 32<<10)
-		again := func(f func() (int, error)) (int, error) {
-			for {
-				if n, err := f(); n > 0 || !os.IsTimeout(err) {
-					return n, err
-				}
-			}
-		}
 		for {
-			n, err := again(func() (int, error) {
-				src.SetReadDeadline(time.Now().Add(50 * time.Microsecond))
-				return src.Read(buf)
-			})
-			for rest := buf[:n]; len(rest) > 0; {
-				n, werr := again(func() (int, error) {
-					dst.SetWriteDeadline(time.Now().Add(50 * time.Microsecond))
-					return dst.Write(rest)
-				})
-				if werr != nil && !os.IsTimeout(werr) {
-					return
-				}
-				rest = rest[n:]
+			n, err := again(in, buf, syscall.Read)
+			for rest := buf[:max(n, 0)]; err == nil && len(rest) > 0; rest = rest[max(n, 0):] {
+				n, err = again(out, rest, syscall.Write)
 			}
-			if err != nil {
+			if err != nil || n == 0 {
 				dst.CloseWrite()
 				return
 			}
 		}
 	})
 	closeBoth(a, b)
+}
+
+func again(c syscall.RawConn, p []byte, f func(int, []byte) (int, error)) (n int, err error) {
+	for err = syscall.EAGAIN; err == syscall.EAGAIN; {
+		if cerr := c.Control(func(fd uintptr) { n, err = f(int(fd), p) }); cerr != nil {
+			return 0, cerr
+		}
+	}
+	return n, err
 }
 
 // One lock for all connections.
