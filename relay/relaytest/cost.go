@@ -42,14 +42,19 @@ func playCPUHalfClosed(t *trial) error {
 }
 
 func playCPUStalled(t *trial) error {
-	for _, from := range [...]side{fromClient, fromOrigin} {
+	var floods [2]*flood
+	for i, from := range [...]side{fromClient, fromOrigin} {
 		near, _, err := t.open(from)
 		if err != nil {
 			return err
 		}
-		if err := near.flood(1).blocked(t.Held); err != nil {
-			return err
-		}
+		floods[i] = near.flood(1)
+	}
+	if err := both(
+		func() error { return floods[0].blocked(t.Held) },
+		func() error { return floods[1].blocked(t.Held) },
+	); err != nil {
+		return err
 	}
 	return t.quiet("waits for a reader that stalls")
 }
@@ -82,43 +87,55 @@ func (t *trial) quiet(while string) error {
 	return fmt.Errorf("%.0f %% of a processor is used while a connection %s", 100*share, while)
 }
 
-// playMixedEndings plays the same twice: what a relay keeps for later, such as a pool, it has after
-// the first time, and what is more after the second it has lost.
+// playMixedEndings plays the same a few times. What a relay keeps for later, such as a pool, stops
+// growing; what it has lost goes on to grow, by one for each connection that ends in some way.
 func playMixedEndings(t *trial) error {
-	const connections, slack = 100, 10
-	var fds, routines [2]int
-	for i := range 2 {
+	const connections, times, slack = 100, 4, 10
+	var before, lost held
+	for i := range times {
 		if err := t.mix(connections); err != nil {
 			return err
 		}
 		if err := t.over(); err != nil {
 			return err
 		}
-		meter, ok := t.bed.(Meter)
-		if !ok {
+		var now held
+		if err := t.settle(&now); errors.Is(err, errors.ErrUnsupported) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		lost = held{now.descriptors - before.descriptors, now.goroutines - before.goroutines}
+		if i > 0 && lost.descriptors <= slack && lost.goroutines <= slack {
 			return nil
 		}
-		var err error
-		limit := time.Now().Add(t.leaving())
-		for {
-			if fds[i], routines[i], err = meter.Held(); errors.Is(err, errors.ErrUnsupported) {
-				return nil
-			} else if err != nil {
-				return err
-			}
-			if i == 0 && time.Until(limit) < t.leaving()-200*time.Millisecond ||
-				i == 1 && fds[1] <= fds[0]+slack && routines[1] <= routines[0]+slack ||
-				time.Now().After(limit) {
-				break
-			}
-			time.Sleep(20 * time.Millisecond)
+		before = now
+	}
+	return fmt.Errorf("%d connections left %d descriptors and %d goroutines or threads behind, again and again",
+		connections, lost.descriptors, lost.goroutines)
+}
+
+type held struct{ descriptors, goroutines int }
+
+// settle waits until what the relay holds has not changed for a while.
+func (t *trial) settle(h *held) error {
+	const still = 200 * time.Millisecond
+	meter, ok := t.bed.(Meter)
+	if !ok {
+		return errors.ErrUnsupported
+	}
+	var since time.Time
+	for limit := time.Now().Add(t.leaving()); time.Now().Before(limit); time.Sleep(20 * time.Millisecond) {
+		descriptors, goroutines, err := meter.Held()
+		if err != nil {
+			return err
 		}
-	}
-	if lost := fds[1] - fds[0]; lost > slack {
-		return fmt.Errorf("%d connections left %d descriptors behind", connections, lost)
-	}
-	if lost := routines[1] - routines[0]; lost > slack {
-		return fmt.Errorf("%d connections left %d goroutines or threads behind", connections, lost)
+		if now := (held{descriptors, goroutines}); now != *h {
+			*h, since = now, time.Now()
+		}
+		if time.Since(since) > still {
+			break
+		}
 	}
 	return nil
 }

@@ -7,12 +7,17 @@ import (
 	"net"
 	"strings"
 	"testing"
+	"time"
 )
 
 // With no relay at all, every scenario passes over every transport.
 func TestDirect(t *testing.T) {
 	for _, l := range Legs() {
-		t.Run(l.Name, func(t *testing.T) { RunBed(t, Direct(l), Options{}) })
+		var o Options
+		if l.Name != "tcp" {
+			o = Options{Bytes: 1 << 20, Rounds: 40, Silence: 100 * time.Millisecond}
+		}
+		t.Run(l.Name, func(t *testing.T) { RunBed(t, Direct(l), o) })
 	}
 }
 
