@@ -90,7 +90,7 @@ func (t *trial) quiet(while string) error {
 // playMixedEndings plays the same a few times. What a relay keeps for later, such as a pool, stops
 // growing; what it has lost goes on to grow, by one for each connection that ends in some way.
 func playMixedEndings(t *trial) error {
-	const connections, times, slack = 100, 4, 10
+	const connections, times, slack = 100, 3, 10
 	var before, lost held
 	for i := range times {
 		if err := t.mix(connections); err != nil {

@@ -62,7 +62,7 @@ func (w wrongRelay) bed() Bed {
 }
 
 // impatient makes a hang a failure soon.
-var impatient = Options{Bytes: 1 << 20, Rounds: 40, Prompt: 500 * time.Millisecond, Timeout: 4 * time.Second}
+var impatient = Options{Bytes: 1 << 20, Rounds: 40, Prompt: 500 * time.Millisecond, Timeout: 3 * time.Second}
 
 func TestWrongRelaysFail(t *testing.T) {
 	scenarios := make(map[string]Scenario)
@@ -102,7 +102,7 @@ func TestWrongRelaysFail(t *testing.T) {
 			if v.Err == nil {
 				t.Errorf("%q passes %s, with %q", r.name, v.Scenario.Name, v.Notes)
 			} else {
-				t.Logf("%q fails %s: %v", r.name, v.Scenario.Name, v.Err)
+				t.Logf("%q fails %s after %v: %v", r.name, v.Scenario.Name, v.Took.Round(time.Millisecond), v.Err)
 			}
 		}
 	}
