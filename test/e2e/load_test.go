@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
 // Thousands of short connections, and a thousand at a time that end in every way there is, leave
@@ -228,7 +230,7 @@ func (e *endings) end(i int, connected *sync.WaitGroup) error {
 // What goes on is not disturbed.
 func TestDescriptorsExhausted(t *testing.T) {
 	t.Parallel()
-	need(t, "prlimit")
+	proxytest.Need(t, "prlimit")
 	const limit = 48
 	origin := tcpOrigin(t, echo)
 	addr := freeAddr(t)
@@ -244,8 +246,8 @@ func TestDescriptorsExhausted(t *testing.T) {
 		defer c.Close()
 		silent = append(silent, c)
 	}
-	within(t, patience, "out of descriptors", func() bool { return len(s.fds()) >= limit-1 })
-	within(t, patience, "in the log", func() bool { return strings.Contains(s.log.String(), "paused") })
+	proxytest.Until(t, "out of descriptors", func() bool { return len(s.fds()) >= limit-1 })
+	proxytest.Until(t, "in the log", func() bool { return strings.Contains(s.log.String(), "paused") })
 
 	const watch = 2 * time.Second
 	used := s.cpu(t)
@@ -349,7 +351,7 @@ func checkRidOf(t *testing.T, c net.Conn) {
 // Unix sockets are listened at and connected to like ports.
 func TestUnixSockets(t *testing.T) {
 	t.Parallel()
-	need(t, "nc")
+	proxytest.Need(t, "nc")
 	dir, err := os.MkdirTemp("", "s") // the path of a Unix socket is short
 	if err != nil {
 		t.Fatal(err)
@@ -357,8 +359,7 @@ func TestUnixSockets(t *testing.T) {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	origin := tcpOrigin(t, lateReply)
 	socket := filepath.Join(dir, "in")
-	startSluice(t, nil, "forward", "unix://"+socket, origin)
-	within(t, patience, "listening at "+socket, func() bool { return fileExists(socket) })
+	startSluice(t, []string{"unix://" + socket}, "forward", "unix://"+socket, origin)
 	host, port, _ := net.SplitHostPort(forward(t, "unix://"+socket))
 	want := sum(strings.NewReader("request")) + "\n"
 	checkOutput(t, runProgram(t, strings.NewReader("request"), "nc", "-N", "-U", socket), want)

@@ -70,7 +70,7 @@ func httpOrigin(t *testing.T, ip string) string {
 }
 
 func serveHTTP(w http.ResponseWriter, r *http.Request) {
-	n, _ := strconv.ParseInt(r.FormValue("n"), 10, 64)
+	n, _ := strconv.ParseInt(r.URL.Query().Get("n"), 10, 64)
 	switch r.URL.Path {
 	case "/hello":
 		io.WriteString(w, "hello\n")

@@ -21,35 +21,11 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
-// patience is how long anything that should happen soon may take on a loaded machine.
-const patience = 20 * time.Second
-
-// need ends the test where a program is missing: by skipping it, or as a failure where nothing
-// may be skipped.
-func need(t *testing.T, programs ...string) {
-	t.Helper()
-	for _, p := range programs {
-		if _, err := exec.LookPath(p); err == nil {
-			continue
-		}
-		if os.Getenv("SLUICE_TEST_NOSKIP") != "" {
-			t.Fatalf("%s is missing (test/install brings it)", p)
-		}
-		t.Skipf("%s is missing (test/install brings it)", p)
-	}
-}
-
-// within waits until ok returns true.
-func within(t *testing.T, limit time.Duration, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(limit); !ok(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("after %v: not yet %s", limit, what)
-		}
-	}
-}
+const patience = proxytest.Patience
 
 // freeAddr returns an address of 127.0.0.0/8 and a port that nobody uses. Nobody else will: the
 // address is random.
@@ -70,7 +46,13 @@ func freeAddr(t *testing.T) string {
 
 // isListening looks for addr in the kernel's table. It does not connect, which would count as a
 // client.
-func isListening(addr string) bool { return inTable(kernelAddr(addr) + " 00000000:0000 0A ") }
+func isListening(addr string) bool {
+	if path, ok := strings.CutPrefix(addr, "unix://"); ok {
+		_, err := os.Stat(path)
+		return err == nil
+	}
+	return inTable(kernelAddr(addr) + " 00000000:0000 0A ")
+}
 
 // isDialing says whether somebody waits for an answer from addr.
 func isDialing(addr string) bool { return inTable(kernelAddr(addr) + " 02 ") }
@@ -117,10 +99,11 @@ type process struct {
 // start runs a program until the end of the test.
 func start(t *testing.T, name string, args ...string) *process {
 	t.Helper()
-	need(t, name)
+	proxytest.Need(t, name)
 	p := &process{cmd: exec.Command(name, args...), log: new(output), done: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
 	p.cmd.WaitDelay = time.Second
+	p.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // or sluice takes a second to end
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -151,7 +134,7 @@ func startServer(t *testing.T, addr, name string, args ...string) *process {
 
 func (p *process) waitListening(t *testing.T, addr string) {
 	t.Helper()
-	within(t, patience, p.cmd.Path+" listening at "+addr, func() bool {
+	proxytest.Until(t, p.cmd.Path+" listening at "+addr, func() bool {
 		select {
 		case <-p.done:
 			t.Fatalf("%s ended: %v\n%s", p.cmd.Path, p.err, p.log)
@@ -331,7 +314,7 @@ func runProgram(t *testing.T, stdin io.Reader, name string, args ...string) resu
 // runInto is runProgram for more output than should be kept.
 func runInto(t *testing.T, stdout io.Writer, stdin io.Reader, name string, args ...string) result {
 	t.Helper()
-	need(t, name)
+	proxytest.Need(t, name)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)

@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
 // A stop lets what goes on come to its end, takes nothing new, and is a success.
@@ -17,10 +19,10 @@ func TestStopGracefully(t *testing.T) {
 	addr := freeAddr(t)
 	s := startSluice(t, []string{addr}, "forward", addr, origin)
 	download := start(t, "curl", "-q", "-sS", "http://"+addr+"/slow?n=100000")
-	within(t, patience, "downloading", func() bool { return download.log.String() != "" })
+	proxytest.Until(t, "downloading", func() bool { return download.log.String() != "" })
 
 	s.cmd.Process.Signal(syscall.SIGTERM)
-	within(t, patience, "refusing new clients", func() bool {
+	proxytest.Until(t, "refusing new clients", func() bool {
 		c, err := net.Dial("tcp", addr)
 		if err == nil {
 			c.Close()
@@ -45,7 +47,7 @@ func TestStopAborts(t *testing.T) {
 	for _, way := range []string{"socks5", "connect", "http"} {
 		b := browserVia(t, way, addr, origin)
 		d := start(t, "curl", b.command([]string{b.url + "/endless"})...)
-		within(t, patience, "downloading", func() bool { return d.log.String() != "" })
+		proxytest.Until(t, "downloading", func() bool { return d.log.String() != "" })
 		downloads = append(downloads, d)
 	}
 	s.cmd.Process.Signal(syscall.SIGTERM)
@@ -87,7 +89,7 @@ func TestAbandonedDial(t *testing.T) {
 		t.Run(way, func(t *testing.T) {
 			t.Parallel()
 			addr, c := askFor(t, way, hole.addr)
-			within(t, patience, "dialing", func() bool { return isDialing(hole.addr) })
+			proxytest.Until(t, "dialing", func() bool { return isDialing(hole.addr) })
 			c.SetLinger(0)
 			c.Close()
 			addr.checkIdle(t) // long before the dial's limit
@@ -103,7 +105,7 @@ func TestHalfCloseDuringDial(t *testing.T) {
 			t.Parallel()
 			hole := newBlackHole(t)
 			_, c := askFor(t, way, hole.addr)
-			within(t, patience, "dialing", func() bool { return isDialing(hole.addr) })
+			proxytest.Until(t, "dialing", func() bool { return isDialing(hole.addr) })
 			c.Write([]byte("request"))
 			c.CloseWrite()
 			time.Sleep(100 * time.Millisecond)

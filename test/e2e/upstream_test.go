@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
 // danted starts Dante as an upstream.
@@ -93,7 +95,7 @@ func TestUpstreams(t *testing.T) {
 // Half-closes and resets pass through chains of sluices as through one.
 func TestChainEndings(t *testing.T) {
 	t.Parallel()
-	need(t, "nc")
+	proxytest.Need(t, "nc")
 	origin := tcpOrigin(t, lateReply)
 	web := httpOrigin(t, "127.0.0.1")
 	via := []string{"--via", "socks5://" + proxy(t), "--via", "http://" + proxy(t)}
