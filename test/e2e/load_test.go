@@ -33,6 +33,9 @@ func TestMixedEndings(t *testing.T) {
 	fresh := startEndings(t, origin, hole.addr)
 	fresh.warmUp(t)
 	before := fresh.s.goroutines(t)
+	if len(before) == 0 {
+		t.Fatal("a process without goroutines: the dump is not understood")
+	}
 
 	e := startEndings(t, origin, hole.addr)
 	e.warmUp(t)

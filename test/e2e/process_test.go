@@ -257,8 +257,8 @@ func (s *sluice) stop(t *testing.T) {
 	}
 }
 
-// goroutines ends the process and returns the stacks of its goroutines, without those that the
-// runtime has started for the signal.
+// goroutines ends the process and returns the stacks of its goroutines, without the runtime's own,
+// of which there are more after the first garbage collection.
 func (s *sluice) goroutines(t *testing.T) []string {
 	t.Helper()
 	s.cmd.Process.Signal(syscall.SIGQUIT)
@@ -273,7 +273,8 @@ func (s *sluice) goroutines(t *testing.T) []string {
 	}
 	var stacks []string
 	for _, block := range strings.Split(dump, "\n\n") {
-		if block = strings.TrimSpace(block); strings.HasPrefix(block, "goroutine ") && !strings.HasPrefix(block, "goroutine 0 ") {
+		block = strings.TrimSpace(block)
+		if strings.HasPrefix(block, "goroutine ") && !strings.HasPrefix(block, "goroutine 0 ") && !strings.Contains(block, "\ncreated by runtime.") {
 			stacks = append(stacks, block)
 		}
 	}
