@@ -1,15 +1,19 @@
 package e2e
 
 import (
+	"bufio"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"io"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // ways are the ways of an HTTP client to its origin. The first is without sluice: it proves that
@@ -211,6 +215,75 @@ func TestCurlAborted(t *testing.T) {
 			}
 		}
 	})
+}
+
+// An upload whose client dies does not look complete to the origin.
+func TestCurlKilled(t *testing.T) {
+	t.Parallel()
+	ended := make(chan error, len(ways))
+	begun := make(chan struct{}, len(ways))
+	origin := httpOriginOf(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) {
+		_, err := io.ReadFull(r.Body, make([]byte, 1000))
+		begun <- struct{}{}
+		if err == nil {
+			_, err = io.Copy(io.Discard, r.Body)
+		}
+		ended <- err
+	})
+	for _, way := range ways {
+		b := newBrowser(t, way, origin)
+		zeros, err := os.Open("/dev/zero")
+		if err != nil {
+			t.Fatal(err)
+		}
+		curl := startWith(t, zeros, "curl", b.command([]string{"--limit-rate", "1M", "-T", "-", b.url})...)
+		zeros.Close()
+		select {
+		case <-begun:
+		case <-time.After(patience):
+			t.Fatalf("%s: no upload has begun: %s", way, curl.log)
+		}
+		curl.cmd.Process.Kill()
+		select {
+		case err := <-ended:
+			if err == nil {
+				t.Errorf("%s: the origin takes half an upload for a whole one", way)
+			}
+		case <-time.After(patience):
+			t.Errorf("%s: the origin does not know that its client is gone", way)
+		}
+	}
+}
+
+// A connection that is upgraded carries what it wants, and ends in any way.
+func TestUpgrade(t *testing.T) {
+	t.Parallel()
+	origin := httpOriginOf(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) {
+		c, buffered, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		fmt.Fprintf(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: %s\r\n\r\n", r.Header.Get("Upgrade"))
+		io.Copy(c, io.MultiReader(io.LimitReader(buffered, int64(buffered.Reader.Buffered())), c))
+	})
+	c, err := net.Dial("tcp", proxy(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	fmt.Fprintf(c, "GET http://%s/ HTTP/1.1\r\nHost: %[1]s\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n", origin)
+	in := bufio.NewReader(c)
+	resp, err := http.ReadResponse(in, nil)
+	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols || resp.Header.Get("Upgrade") != "echo" {
+		t.Fatalf("%+v, %v", resp, err)
+	}
+	io.WriteString(c, "any bytes")
+	c.(*net.TCPConn).CloseWrite()
+	if got, err := io.ReadAll(in); err != nil || string(got) != "any bytes" {
+		t.Errorf("read %q, %v", got, err)
+	}
 }
 
 // An origin that refuses the connection is refused to the client, as its protocol can say it.

@@ -27,17 +27,17 @@ func TestMixedEndings(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	origin := tcpOrigin(t, endAsTold)
+	origin, web := tcpOrigin(t, endAsTold), httpOrigin(t, "127.0.0.1")
 	hole := newBlackHole(t)
 
-	fresh := startEndings(t, origin, hole.addr)
+	fresh := startEndings(t, origin, web, hole.addr)
 	fresh.warmUp(t)
 	before := fresh.s.goroutines(t)
 	if len(before) == 0 {
 		t.Fatal("a process without goroutines: the dump is not understood")
 	}
 
-	e := startEndings(t, origin, hole.addr)
+	e := startEndings(t, origin, web, hole.addr)
 	e.warmUp(t)
 	for round, end := 0, time.Now().Add(soak); round == 0 || time.Now().Before(end); round++ {
 		begun := time.Now()
@@ -60,12 +60,13 @@ func TestMixedEndings(t *testing.T) {
 type endings struct {
 	s              *sluice
 	forward, proxy string // addresses of sluice
-	origin, hole   string
+	origin, web    string // of TCP and of HTTP
+	hole           string // never answers
 }
 
-func startEndings(t *testing.T, origin, hole string) *endings {
+func startEndings(t *testing.T, origin, web, hole string) *endings {
 	t.Helper()
-	e := &endings{forward: freeAddr(t), proxy: freeAddr(t), origin: origin, hole: hole}
+	e := &endings{forward: freeAddr(t), proxy: freeAddr(t), origin: origin, web: web, hole: hole}
 	conf := writeFile(t, "sluice.yaml", fmt.Sprintf(`
 log:
   level: warn
@@ -94,7 +95,7 @@ func (e *endings) client(i int) (*net.TCPConn, error) {
 
 func (e *endings) warmUp(t *testing.T) {
 	t.Helper()
-	for i := range 4 {
+	for i := range 5 {
 		if err := e.short(i); err != nil {
 			t.Fatal("the first connection: ", err)
 		}
@@ -119,8 +120,19 @@ func endAsTold(c *net.TCPConn) {
 	}
 }
 
-// short is a connection with one request and one reply.
+// short is a connection with one request and one reply. Every fifth is one of plain HTTP.
 func (e *endings) short(i int) error {
+	if i%5 == 4 {
+		c, err := e.get(e.web, "/hello")
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if got, err := io.ReadAll(c); err != nil || !strings.HasSuffix(string(got), "\r\n\r\nhello\n") {
+			return fmt.Errorf("plain HTTP: read %q, %w", got, err)
+		}
+		return nil
+	}
 	c, err := e.client(i)
 	if err != nil {
 		return err
@@ -137,6 +149,21 @@ func (e *endings) short(i int) error {
 		return fmt.Errorf("read %q, %w", got, err)
 	}
 	return nil
+}
+
+// get sends the proxy a plain HTTP request for the last reply of its connection.
+func (e *endings) get(origin, path string) (*net.TCPConn, error) {
+	c, err := net.Dial("tcp", e.proxy)
+	if err != nil {
+		return nil, err
+	}
+	c.SetDeadline(time.Now().Add(2 * patience))
+	_, err = fmt.Fprintf(c, "GET http://%s%s HTTP/1.1\r\nHost: %[1]s\r\nConnection: close\r\n\r\n", origin, path)
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c.(*net.TCPConn), nil
 }
 
 func (e *endings) shortConnections(t *testing.T, n int) {
@@ -161,7 +188,7 @@ func (e *endings) mixedEndings(t *testing.T, n int) {
 	for i := range n {
 		wg.Go(func() {
 			if err := e.end(i, &connected); err != nil {
-				t.Errorf("ending %d: %v", i%8, err)
+				t.Errorf("ending %d: %v", i%10, err)
 			}
 		})
 	}
@@ -170,8 +197,29 @@ func (e *endings) mixedEndings(t *testing.T, n int) {
 
 // end connects, waits until all others have, and ends in the i-th way.
 func (e *endings) end(i int, connected *sync.WaitGroup) error {
-	how := i % 8
-	if how == 7 { // a client that leaves while the dial goes on
+	how := i % 10
+	switch how {
+	case 7, 8, 9: // in plain HTTP
+		url := [...][2]string{{e.web, "/endless"}, {e.web, "/aborted-close?n=100000"}, {e.hole, "/"}}[how-7]
+		c, err := e.get(url[0], url[1])
+		if err == nil && how == 7 {
+			_, err = io.ReadFull(c, make([]byte, 100)) // it has begun
+		}
+		connected.Done()
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		connected.Wait()
+		if how != 8 { // the client leaves
+			c.SetLinger(0)
+			return nil
+		}
+		if got, err := io.ReadAll(c); !errors.Is(err, syscall.ECONNRESET) {
+			return fmt.Errorf("an aborted download: %d bytes (%.300q), then %w", len(got), got, err)
+		}
+		return nil
+	case 6: // a client that leaves while the dial goes on
 		c, err := net.Dial("tcp", e.proxy)
 		if err != nil {
 			connected.Done()
@@ -188,7 +236,7 @@ func (e *endings) end(i int, connected *sync.WaitGroup) error {
 		return nil
 	}
 
-	c, err := e.client(i / 8)
+	c, err := e.client(i / 10)
 	connected.Done()
 	if err != nil {
 		return err
@@ -224,7 +272,6 @@ func (e *endings) end(i int, connected *sync.WaitGroup) error {
 	case 5: // the client closes, with bytes on their way to it
 		io.WriteString(c, "e")
 		io.Copy(c, &pattern{left: 100000})
-	case 6: // the client goes without a word
 	}
 	return nil
 }
@@ -297,7 +344,7 @@ func TestBadHandshakes(t *testing.T) {
 		"HTTP half a header":         "GET http://127.0.0.1/ HTTP/1.1\r\nHost: 127",
 		"HTTP endless line":          "GET http://" + strings.Repeat("a", 2<<20),
 		"HTTP endless header":        "GET http://127.0.0.1/ HTTP/1.1\r\n" + strings.Repeat("A: b\r\n", 1<<18),
-		"HTTP not a proxy's URL":     "GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+		"HTTP not a proxy's URL":     "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
 		"HTTP bad version":           "GET http://127.0.0.1/ HTTP/9.9\r\n\r\n",
 		"CONNECT without a port":     "CONNECT 127.0.0.1 HTTP/1.1\r\nHost: x\r\n\r\n",
 		"CONNECT half":               "CONNECT 127.0.0.1:80 HTTP/1.1\r\n",

@@ -58,11 +58,16 @@ func sum(r io.Reader) string {
 // httpOrigin starts an origin that knows the paths of serveHTTP, and returns its address.
 func httpOrigin(t *testing.T, ip string) string {
 	t.Helper()
+	return httpOriginOf(t, ip, serveHTTP)
+}
+
+func httpOriginOf(t *testing.T, ip string, serve http.HandlerFunc) string {
+	t.Helper()
 	ln, err := net.Listen("tcp", net.JoinHostPort(ip, "0"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := &http.Server{Handler: http.HandlerFunc(serveHTTP)}
+	srv := &http.Server{Handler: serve}
 	var wg sync.WaitGroup
 	wg.Go(func() { srv.Serve(ln) })
 	t.Cleanup(func() { srv.Close(); wg.Wait() })

@@ -99,9 +99,18 @@ type process struct {
 // start runs a program until the end of the test.
 func start(t *testing.T, name string, args ...string) *process {
 	t.Helper()
+	return startWith(t, nil, name, args...)
+}
+
+// startWith is start with a standard input.
+func startWith(t *testing.T, stdin *os.File, name string, args ...string) *process {
+	t.Helper()
 	proxytest.Need(t, name)
 	p := &process{cmd: exec.Command(name, args...), log: new(output), done: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
+	if stdin != nil {
+		p.cmd.Stdin = stdin
+	}
 	p.cmd.WaitDelay = time.Second
 	p.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // or sluice takes a second to end
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
