@@ -31,9 +31,9 @@
 // relays take turns (A B C, A B C, …), and a ratio is the median, over the rounds, of the quotient within a round. The
 // figures in the tables are medians over the rounds; -json keeps every sample and the spread.
 //
-// Relay CPU is read from /proc/PID/stat of all processes of the relay (workers, forked children, both ends
-// of the SSH connection) over the measured window; system time on its behalf counts, softirq work that the kernel does in the
-// context of another process does not. It has a resolution of 10 ms, so trust it from about a second of -time.
+// Relay CPU is that of all processes of the relay (workers, forked children, both ends of the SSH connection) over
+// the measured window, user and system time, from their CPU clocks and, for children that are gone, from
+// /proc/PID/stat. Softirq work that the kernel does in the context of another process is not in it.
 // "÷ ends" is relay CPU divided by the CPU of client and origin in the same window. It cancels the speed of the
 // machine: 0.5 means that the relay costs half of what it costs to make and to take the bytes. A relay can show many Gbit/s and still
 // be expensive, where cores are left over; on a busy machine the CPU is the figure that matters.

@@ -115,6 +115,9 @@ func send(conn net.Conn, n int, sent chan<- error) {
 
 // idlePoint measures what idle relays hold, on a relay that has been started.
 func (r *run) idlePoint(n int) error {
+	if err := r.sleep(200 * time.Millisecond); err != nil { // the relay closes what waitRelay has left
+		return err
+	}
 	started := time.Now()
 	before := r.holds()
 	held := 0.0

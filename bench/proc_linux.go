@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // tick is the unit of the times in /proc/PID/stat: USER_HZ, which is 100 on every Linux that Go runs on.
@@ -18,7 +20,8 @@ const tick = 10 * time.Millisecond
 // stat is what a line of /proc/PID/stat says about a process and the children it has waited for.
 type stat struct {
 	pid, parent int
-	cpu         time.Duration // user and system time, its own and its reaped children's
+	own         time.Duration // user and system time of the process
+	reaped      time.Duration // and of the children it has waited for
 }
 
 // parseStat reads a line of /proc/PID/stat. The command's name, in parentheses, may contain anything.
@@ -39,12 +42,16 @@ func parseStat(line string) (stat, error) {
 	if s.parent, err = strconv.Atoi(f[1]); err != nil {
 		return s, fmt.Errorf("proc: parent: %w", err)
 	}
-	for _, v := range f[11:15] { // utime, stime, cutime, cstime
+	for i, v := range f[11:15] { // utime, stime, cutime, cstime
 		n, err := strconv.ParseInt(v, 10, 64)
 		if err != nil {
 			return s, fmt.Errorf("proc: time: %w", err)
 		}
-		s.cpu += time.Duration(n) * tick
+		if i < 2 {
+			s.own += time.Duration(n) * tick
+		} else {
+			s.reaped += time.Duration(n) * tick
+		}
 	}
 	return s, nil
 }
@@ -67,10 +74,22 @@ func processes() []stat {
 			continue
 		}
 		if s, err := parseStat(string(b)); err == nil {
+			s.own = max(s.own, cpuClock(s.pid))
 			all = append(all, s)
 		}
 	}
 	return all
+}
+
+// cpuClock returns the time that a process has used by its own clock: the sum in its stat line, but not cut to
+// ticks, which over many short-lived processes would lose most of it. It is 0 for a process that has ended.
+func cpuClock(pid int) time.Duration {
+	var ts unix.Timespec
+	const sched = 2 // CPUCLOCK_SCHED of a whole process, in the lowest bits of the clock's number
+	if unix.ClockGettime(int32(^pid<<3|sched), &ts) != nil {
+		return 0
+	}
+	return time.Duration(ts.Nano())
 }
 
 // tree returns those of all that are one of roots or descend from one.
@@ -96,10 +115,10 @@ func tree(all []stat, roots ...int) []stat {
 	return t
 }
 
-// cpu adds up the times of processes.
+// cpu adds up the times of processes and of the children they have waited for.
 func cpu(ps []stat) (d time.Duration) {
 	for _, s := range ps {
-		d += s.cpu
+		d += s.own + s.reaped
 	}
 	return d
 }

@@ -81,6 +81,7 @@ func (e *endProcess) pipes(cmd *exec.Cmd) (err error) {
 	if e.in, err = cmd.StdinPipe(); err != nil {
 		return err
 	}
+	cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1") // its signals interrupt a poller's thread
 	e.out, err = cmd.StdoutPipe()
 	e.dec = json.NewDecoder(e.out)
 	return err
@@ -176,7 +177,7 @@ func (r *run) snapshot() (snapshot, error) {
 	s.mine = s.relay + s.ends
 	for _, p := range all {
 		if p.pid == os.Getpid() {
-			s.mine += p.cpu
+			s.mine += p.own
 		}
 	}
 	s.others = busy - s.mine
