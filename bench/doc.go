@@ -20,6 +20,10 @@
 // both conns when either side ends, and so loses the reply to a half-closed request. sluice-lib is
 // relay.Join behind the same accept loop as these; sluice is the program, as `sluice forward`.
 //
+// HAProxy stands there three times: with option splice-auto, as its manual suggests; with splicing always on, since
+// the automatic choice rarely takes it while the reader keeps up; and with pipes of 1 MiB on top. The "best" column of the
+// ratios compares with whichever other relay does best in that row, and names it.
+//
 // Every relay may use all cores, as each does when nobody tells it otherwise: HAProxy starts a thread a core,
 // nginx is told worker_processes auto as Debian does, Go uses GOMAXPROCS. Use -threads 1 to hold all of them
 // to one. The programs run with the configuration printed by -config, otherwise as shipped.

@@ -248,7 +248,7 @@ func (b *bench) run(ctx context.Context, self, dir string, out io.Writer) error 
 					return errors.New("interrupted")
 				}
 				r.add(s)
-				fmt.Fprintf(b.log, "%d/%d %-6s %-11s %s\n", round+1, b.rounds, t.name, p.name, s)
+				fmt.Fprintf(b.log, "%d/%d %-6s %-14s %s\n", round+1, b.rounds, t.name, p.name, s)
 			}
 		}
 	}

@@ -95,11 +95,12 @@ func (r *Report) ratios(w *bytes.Buffer, subject string) {
 			heads, over = append(heads, subject+" ÷ "+b), append(over, b)
 		}
 	}
+	heads = append(heads, subject+" ÷ best")
 	var rows [][]string
 	for _, t := range tables {
 		for _, m := range slices.Concat(t.cells...) {
 			if row, ok := r.ratioRow(subject, over, m); ok {
-				rows = append(rows, row)
+				rows = append(rows, append(row, r.best(subject, m)))
 			}
 		}
 	}
@@ -122,6 +123,24 @@ func (r *Report) ratioRow(subject string, over []string, m metric) (row []string
 		row, some = append(row, fmt.Sprintf("%.2f", q)), true
 	}
 	return row, some && m.name != ""
+}
+
+// best compares subject with the relay that does best in m, and names it.
+func (r *Report) best(subject string, m metric) string {
+	name, top := "", 0.0
+	for _, p := range r.measured() {
+		if p == "direct" || slices.Contains(subjects, p) {
+			continue
+		}
+		if v, ok := median(r.values(m.test, p, m.key)); ok && (name == "" || v > top == m.more) {
+			name, top = p, v
+		}
+	}
+	q, ok := ratio(r.values(m.test, subject, m.key), r.values(m.test, name, m.key))
+	if !ok {
+		return "–"
+	}
+	return fmt.Sprintf("%.2f %s", q, name)
 }
 
 // facts writes what a reader must know to judge the tables.

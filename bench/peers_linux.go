@@ -40,9 +40,11 @@ func allPeers(k *kit) []peer {
 	return []peer{
 		{name: "direct", about: "no relay"},
 		{name: "haproxy", about: "mode tcp, option splice-auto, " + threads,
-			needs: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: haproxy("")},
-		{name: "haproxy-1m", about: "the same with tune.pipesize 1048576",
-			needs: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: haproxy("tune.pipesize 1048576")},
+			needs: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: haproxyAuto.start},
+		{name: "haproxy-splice", about: "the same with option splice-request and splice-response",
+			needs: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: haproxySplice.start},
+		{name: "haproxy-1m", about: "the same with tune.pipesize 1048576, too",
+			needs: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: haproxyMiB.start},
 		{name: "nginx", about: "stream, " + strings.Replace(threads, "threads", "workers", 1),
 			needs: []string{"nginx"}, version: []string{"nginx", "-v"}, start: nginx},
 		{name: "socat", about: "TCP-LISTEN,fork", needs: []string{"socat"}, version: []string{"socat", "-V"},
@@ -123,12 +125,17 @@ const haproxyConf = `global
 {{- if .Threads}}
 	nbthread {{.Threads}}
 {{- end}}
-{{- if .Tune}}
-	{{.Tune}}
+{{- if .Variant.Pipe}}
+	tune.pipesize {{.Variant.Pipe}}
 {{- end}}
 defaults
 	mode tcp
+{{- if .Variant.Splice}}
+	option splice-request
+	option splice-response
+{{- else}}
 	option splice-auto
+{{- end}}
 	timeout connect 5s
 	timeout client 1h
 	timeout server 1h
@@ -137,18 +144,28 @@ listen bench
 	server origin {{.Origin}}
 `
 
-func haproxy(tune string) func(*kit, string, string, string) ([]*process, error) {
-	return func(k *kit, dir, listen, origin string) ([]*process, error) {
-		pipes := k.fds / 20
-		path, err := conf(dir, "haproxy.cfg", haproxyConf, map[string]any{
-			"MaxConn": (k.fds-2*pipes-200)/2 - 10, "MaxPipes": pipes,
-			"Threads": k.threads, "Tune": tune, "Listen": listen, "Origin": origin,
-		})
-		if err != nil {
-			return nil, err
-		}
-		return run1("haproxy", "-db", "-f", path)
+// haproxy is one way to set HAProxy up.
+type haproxy struct {
+	Splice bool // always, not only where it finds that a stream is fast: a fast reader keeps it from finding out
+	Pipe   int  // bytes; 0 for its default
+}
+
+var (
+	haproxyAuto   haproxy
+	haproxySplice = haproxy{Splice: true}
+	haproxyMiB    = haproxy{Splice: true, Pipe: 1 << 20}
+)
+
+func (h haproxy) start(k *kit, dir, listen, origin string) ([]*process, error) {
+	pipes := k.fds / 20
+	path, err := conf(dir, "haproxy.cfg", haproxyConf, map[string]any{
+		"MaxConn": (k.fds-2*pipes-200)/2 - 10, "MaxPipes": pipes,
+		"Threads": k.threads, "Variant": h, "Listen": listen, "Origin": origin,
+	})
+	if err != nil {
+		return nil, err
 	}
+	return run1("haproxy", "-db", "-f", path)
 }
 
 const nginxConf = `{{if .Module}}load_module {{.Module}};
