@@ -145,9 +145,12 @@ func (r *Report) best(subject string, m metric) string {
 
 // facts writes what a reader must know to judge the tables.
 func (r *Report) facts(w *bytes.Buffer) {
-	mid, most := r.noise()
-	fmt.Fprintf(w, "Medians of %s rounds of %s, taken in turns, in %s. Others took %.0f %% of the machine (median; at most %.0f %%).\n",
-		r.Settings["rounds"], r.Settings["time"], r.Took, mid, most)
+	mid, most, known := r.noise()
+	fmt.Fprintf(w, "Medians over the rounds (%s, %s a measurement), taken in turns, in %s.\n",
+		r.Settings["rounds"], r.Settings["time"], r.Took)
+	if known {
+		fmt.Fprintf(w, "Others took %.0f %% of the machine meanwhile (median; at most %.0f %%).\n", mid, most)
+	}
 	if mid > 5 {
 		fmt.Fprintf(w, "**The machine was not quiet: do not quote these figures.**\n")
 	}

@@ -255,8 +255,9 @@ func (r *Report) writeJSON(path string) error {
 	return os.WriteFile(path, append(b, '\n'), 0o644)
 }
 
-// noise returns the median share of the machine that others took while a sample was measured.
-func (r *Report) noise() (mid, most float64) {
+// noise returns the median share of the machine that others took while a sample was measured, and the largest. It is
+// not known of idle relays, where nothing depends on it.
+func (r *Report) noise() (mid, most float64, known bool) {
 	vs := make(map[int]float64)
 	for i, s := range r.Samples {
 		if v, ok := s.Values["others_percent"]; ok {
@@ -264,6 +265,6 @@ func (r *Report) noise() (mid, most float64) {
 			most = max(most, v)
 		}
 	}
-	mid, _ = median(vs)
-	return mid, most
+	mid, known = median(vs)
+	return mid, most, known
 }
