@@ -34,7 +34,8 @@ func TestParseStat(t *testing.T) {
 			t.Errorf("command %q: got %+v, %v, want %+v", name, s, err, want)
 		}
 	}
-	for _, line := range []string{"", "42", "42 (x", "x (x)" + rest, "42 (x) S 7", "42 (x)" + strings.Replace(rest, "150", "?", 1)} {
+	for _, line := range []string{"", "42", "42 (x", "x (x)" + rest, "42 (x) S 7",
+		"42 (x)" + strings.Replace(rest, "150", "?", 1)} {
 		if s, err := parseStat(line); err == nil {
 			t.Errorf("%q: got %+v, want an error", line, s)
 		}
@@ -273,7 +274,8 @@ func TestQuickSmoke(t *testing.T) {
 	if len(r.Samples) != 6+5+1 {
 		t.Errorf("%d samples, want 12", len(r.Samples))
 	}
-	for _, want := range []string{"| iocopy", "absent was not measured: no-such-relay is not installed", "broken was not measured"} {
+	for _, want := range []string{"| iocopy", "absent was not measured: no-such-relay is not installed",
+		"broken was not measured"} {
 		if !strings.Contains(w.String(), want) {
 			t.Errorf("no %q in\n%s", want, w.String())
 		}

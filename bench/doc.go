@@ -16,48 +16,53 @@
 //
 // direct is the same load without a relay: what the machine can do at most, not a competitor. iocopy,
 // pooled and closeboth are the three usual ways to write a relay in Go: two io.Copy with half-close (the
-// standard library splices); a copy through pooled 32 KiB buffers; a copy through 16 KiB buffers that closes
-// both conns when either side ends, and so loses the reply to a half-closed request. sluice-lib is
-// relay.Join behind the same accept loop as these; sluice is the program, as `sluice forward`.
+// standard library splices); a copy through pooled 32 KiB buffers; a copy through 16 KiB buffers that
+// closes both conns when either side ends, and so loses the reply to a half-closed request. sluice-lib
+// is relay.Join behind the same accept loop as these; sluice is the program, as `sluice forward`.
 //
-// HAProxy stands there three times: with option splice-auto, as its manual suggests; with splicing always on, since
-// the automatic choice rarely takes it while the reader keeps up; and with pipes of 1 MiB on top. The "best" column of the
-// ratios compares with whichever other relay does best in that row, and names it.
+// HAProxy stands there three times: with option splice-auto, as its manual suggests; with splicing
+// always on, since the automatic choice often stays with copying here (strace shows it); and with pipes
+// of 1 MiB on top. The "best" column of the ratios compares with whichever other relay does best in that
+// row, and names it.
 //
-// Every relay may use all cores, as each does when nobody tells it otherwise: HAProxy starts a thread a core,
-// nginx is told worker_processes auto as Debian does, Go uses GOMAXPROCS. Use -threads 1 to hold all of them
-// to one. The programs run with the configuration printed by -config, otherwise as shipped.
+// Every relay may use all cores, as each does when nobody tells it otherwise: HAProxy starts a thread a
+// core, nginx is told worker_processes auto as Debian does, Go uses GOMAXPROCS. Use -threads 1 to hold
+// all of them to one. The programs run with the configuration printed by -config, otherwise as shipped.
 //
 // # How to read the table
 //
-// Absolute figures say little: they move by a third with where the kernel puts the processes, and client,
-// relay and origin share the cores. So compare within one run, and look at the ratios first. For each test the
-// relays take turns (A B C, A B C, …), and a ratio is the median, over the rounds, of the quotient within a round. The
-// figures in the tables are medians over the rounds; -json keeps every sample and the spread.
+// Absolute figures say little: they move by a third with where the kernel puts the processes, and
+// client, relay and origin share the cores. So compare within one run, and look at the ratios first. For
+// each test the relays take turns (A B C, A B C, …), and a ratio is the median, over the rounds, of the
+// quotient within a round. The figures in the tables are medians over the rounds; -json keeps every
+// sample and the spread.
 //
-// Relay CPU is that of all processes of the relay (workers, forked children, both ends of the SSH connection) over
-// the measured window, user and system time, from their CPU clocks and, for children that are gone, from
-// /proc/PID/stat. Softirq work that the kernel does in the context of another process is not in it.
-// "÷ ends" is relay CPU divided by the CPU of client and origin in the same window. It cancels the speed of the
-// machine: 0.5 means that the relay costs half of what it costs to make and to take the bytes. A relay can show many Gbit/s and still
-// be expensive, where cores are left over; on a busy machine the CPU is the figure that matters.
+// Relay CPU is that of all processes of the relay (workers, forked children, both ends of the SSH
+// connection) over the measured window, user and system time, from their CPU clocks and, for children
+// that are gone, from /proc/PID/stat. Softirq work that the kernel does in the context of another
+// process is not in it. "÷ ends" is relay CPU divided by the CPU of client and origin in the same
+// window. It cancels the speed of the machine: 0.5 means that the relay costs half of what it costs to
+// make and to take the bytes. A relay can show many Gbit/s and still be expensive, where cores are left
+// over; on a busy machine the CPU is the figure that matters.
 //
-// In bulk tests a ratio above 1 is better, as with messages/s and connections/s; in CPU, time, memory and
-// descriptors a ratio below 1 is better. The ratio table marks the direction with ↑ and ↓.
+// In bulk tests a ratio above 1 is better, as with messages/s and connections/s; in CPU, time, memory
+// and descriptors a ratio below 1 is better. The ratio table marks the direction with ↑ and ↓.
 //
-// RSS and PSS are those of all processes of the relay, after minus before, divided by the relays held. RSS
-// counts a page once for each process that has it, PSS shares it out: read PSS for socat, which forks, and either one for the
-// others. "After a burst" is measured again once every one of these relays has moved 256 KiB there and back and is idle
-// again. What the kernel holds for sockets and pipes is not in RSS; the pipes are listed by number instead, each of them up to 1 MiB
-// of kernel memory when full. "Held" is below -idle where a relay ran out of descriptors or failed to answer.
+// RSS and PSS are those of all processes of the relay, after minus before, divided by the relays held.
+// RSS counts a page once for each process that has it, PSS shares it out: read PSS for socat, which
+// forks, and either one for the others. "After a burst" is measured again once every one of these relays
+// has moved 256 KiB there and back and is idle again. What the kernel holds for sockets and pipes is not
+// in RSS; the pipes are listed by number instead, each of them up to 1 MiB of kernel memory when full.
+// "Held" is below -idle where a relay ran out of descriptors or failed to answer.
 //
-// "Others" under the tables is the share of the machine that processes outside the benchmark took while it
-// measured. Above a few percent, repeat the run before you believe a difference.
+// "Others" under the tables is the share of the machine that processes outside the benchmark took while
+// it measured. Above a few percent, repeat the run before you believe a difference.
 //
 // # Fairness
 //
-// As root, everything runs in network, process and mount namespaces made for the run, with Reno as congestion
-// control: BBR, where it is the default, paces loopback, and a relay would be judged by its pacing. Without root the
-// run uses the machine's own loopback and says so. A relay that is not installed, does not start, or hangs, is named with the
-// reason. Nothing is ever passed or failed by time.
+// As root, everything runs in network, process and mount namespaces made for the run, with Reno as
+// congestion control: BBR, where it is the default, paces loopback, and a relay would be judged by its
+// pacing. Without root the run uses the machine's own loopback and says so. A relay that is not
+// installed, does not start, or hangs, is named with the reason. Nothing is ever passed or failed by
+// time.
 package main

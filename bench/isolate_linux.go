@@ -17,8 +17,8 @@ import (
 // insideEnv tells the benchmark that it already runs in namespaces of its own.
 const insideEnv = "SLUICE_BENCH_INSIDE"
 
-// isolated is a command that runs in new network, process and mount namespaces. When the benchmark dies in there, as
-// process 1, the kernel kills everything that it has started.
+// isolated is a command that runs in new network, process and mount namespaces. When the benchmark
+// dies in there, as process 1, the kernel kills everything that it has started.
 func isolated(cmd *exec.Cmd) *exec.Cmd {
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWNS,
@@ -55,8 +55,9 @@ func isolateMain() int {
 	return 0
 }
 
-// settleIn makes the new namespaces usable: a /proc that shows their processes, a /run of their own (sshd wants a
-// directory there), a loopback interface, the congestion control if one is named, and a wide range of ports.
+// settleIn makes the new namespaces usable: a /proc that shows their processes, a /run of their own
+// (sshd wants a directory there), a loopback interface, the congestion control if one is named, and a
+// wide range of ports.
 func settleIn(congestion string) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)

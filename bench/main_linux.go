@@ -76,10 +76,12 @@ func parse(args []string, out io.Writer) (*bench, error) {
 	f.IntVar(&b.idle, "idle", 5000, "idle relays to hold")
 	f.BoolVar(&b.quick, "quick", false, "one short round of six tests, in under two minutes")
 	f.StringVar(&b.peers, "peers", "", "relays to measure, separated by commas (default all)")
-	f.StringVar(&b.tests, "tests", "", "tests or groups (bulk, msg, conn, idle) to run, separated by commas (default all)")
+	f.StringVar(&b.tests, "tests", "",
+		"tests or groups (bulk, msg, conn, idle) to run, separated by commas (default all)")
 	f.StringVar(&b.json, "json", "", "also write every sample to `file`")
 	f.StringVar(&b.sluice, "sluice", "", "the sluice `binary` to measure (default: build ./cmd/sluice)")
-	f.StringVar(&b.congestion, "congestion", "reno", "congestion control in the run's own network namespace; empty for the machine's")
+	f.StringVar(&b.congestion, "congestion", "reno",
+		"congestion control in the run's own network namespace; empty for the machine's")
 	f.IntVar(&b.threads, "threads", 0, "threads of each relay (default one a core)")
 	f.BoolVar(&b.printConf, "config", false, "print the templates of the peers' configurations and end")
 	f.Func("exec", "one more relay: `name=command` with {listen} and {origin} in it; may repeat", b.addCommand)
@@ -125,7 +127,8 @@ func (b *bench) addCommand(v string) error {
 	return nil
 }
 
-// main builds what is measured, and runs the benchmark in namespaces of its own, or here where they cannot be had.
+// main builds what is measured, and runs the benchmark in namespaces of its own, or here where they
+// cannot be had.
 func (b *bench) main(ctx context.Context, args []string) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -171,7 +174,8 @@ func (b *bench) build(ctx context.Context, dir string) {
 	cmd.WaitDelay = time.Second
 	if out, err := cmd.CombinedOutput(); err != nil {
 		first, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
-		os.WriteFile(filepath.Join(dir, "sluice.why"), fmt.Appendf(nil, "go build ./cmd/sluice: %v: %s", err, first), 0o600)
+		why := fmt.Appendf(nil, "go build ./cmd/sluice: %v: %s", err, first)
+		os.WriteFile(filepath.Join(dir, "sluice.why"), why, 0o600)
 	}
 }
 
@@ -229,7 +233,8 @@ func (b *bench) run(ctx context.Context, self, dir string, out io.Writer) error 
 		return fmt.Errorf("-tests: %w", err)
 	}
 	if b.printConf {
-		_, err := fmt.Fprintf(out, "# haproxy.cfg\n%s\n# nginx.conf\n%s\n# sshd.conf\n%s", haproxyConf, nginxConf, sshdConf)
+		_, err := fmt.Fprintf(out, "# haproxy.cfg\n%s\n# nginx.conf\n%s\n# sshd.conf\n%s",
+			haproxyConf, nginxConf, sshdConf)
 		return err
 	}
 	r := newReport(b, k, peers, tests)

@@ -3,9 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -171,14 +169,14 @@ func holds(ps []stat) footprint {
 	return f
 }
 
-// memory returns the resident and the proportional set of pid in KiB. Where the proportional one cannot be read it
-// is the resident one again.
+// memory returns the resident and the proportional set of pid in KiB. Where the proportional one
+// cannot be read it is the resident one again.
 func memory(pid int) (rss, pss float64) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err == nil {
 		rss, pss = parseKiB(b, "Rss:"), parseKiB(b, "Pss:")
 	}
-	if rss == 0 && !errors.Is(err, fs.ErrNotExist) {
+	if rss == 0 { // a kernel without the file, or one that does not let us read it
 		b, _ = os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 		rss = parseKiB(b, "VmRSS:")
 		pss = rss
