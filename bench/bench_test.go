@@ -10,11 +10,12 @@ import (
 	"io"
 	"math"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
 // TestMain lets the test binary be the ends and the baselines that the benchmark starts of itself.
@@ -192,9 +193,7 @@ func TestFlags(t *testing.T) {
 
 // TestStopReapsAll stops a process whose children have left its process group.
 func TestStopReapsAll(t *testing.T) {
-	if _, err := exec.LookPath("setsid"); err != nil {
-		t.Skip("setsid is not installed")
-	}
+	proxytest.Need(t, "setsid")
 	adopt()
 	p, err := launch(nil, "/bin/sh", "-c", "setsid sleep 60 & setsid sleep 60 & wait")
 	if err != nil {
