@@ -157,7 +157,7 @@ var (
 )
 
 func (h haproxy) start(k *kit, dir, listen, origin string) ([]*process, error) {
-	pipes := k.fds / 20
+	pipes := k.fds / 100
 	path, err := conf(dir, "haproxy.cfg", haproxyConf, map[string]any{
 		"MaxConn": (k.fds-2*pipes-200)/2 - 10, "MaxPipes": pipes,
 		"Threads": k.threads, "Variant": h, "Listen": listen, "Origin": origin,
