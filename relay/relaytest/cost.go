@@ -51,8 +51,8 @@ func playCPUStalled(t *trial) error {
 		floods[i] = near.flood(1)
 	}
 	if err := both(
-		func() error { return floods[0].blocked(t.Held) },
-		func() error { return floods[1].blocked(t.Held) },
+		func() error { return floods[0].blocked(t.Held, still) },
+		func() error { return floods[1].blocked(t.Held, still) },
 	); err != nil {
 		return err
 	}
@@ -119,7 +119,6 @@ type held struct{ descriptors, goroutines int }
 
 // settle waits until what the relay holds has not changed for a while.
 func (t *trial) settle(h *held) error {
-	const still = 200 * time.Millisecond
 	meter, ok := t.bed.(Meter)
 	if !ok {
 		return errors.ErrUnsupported
@@ -133,7 +132,7 @@ func (t *trial) settle(h *held) error {
 		if now := (held{descriptors, goroutines}); now != *h {
 			*h, since = now, time.Now()
 		}
-		if time.Since(since) > still {
+		if time.Since(since) > still/2 {
 			break
 		}
 	}
@@ -191,15 +190,15 @@ var endings = [...]func(a, b *end) error{
 	},
 	func(a, b *end) error { // a stalled reader, and its writer is reset
 		f := a.flood(1)
-		err := f.blocked(4 * a.t.Held)
+		f.begun(512 << 10)
 		a.leave()
-		return err
+		return f.failed(a.t.leaving())
 	},
 	func(a, b *end) error { // a stalled reader that closes with bytes unread
 		f := a.flood(1)
-		err := f.blocked(4 * a.t.Held)
+		f.begun(512 << 10)
 		b.Close()
-		return errors.Join(err, f.failed(a.t.leaving()))
+		return f.failed(a.t.leaving())
 	},
 	func(a, b *end) error { // a half-close, then a reset from the other side
 		if a.can(HalfClose) && b.can(HalfClose) {

@@ -281,9 +281,12 @@ func (f *flood) run(seed byte) {
 	}
 }
 
+// still is how long a writer that is stuck has not moved. A loaded machine can make a writer look
+// stuck that is only slow, so that what depends on it uses whileStuck, or takes longer.
+const still = 250 * time.Millisecond
+
 // blocked waits until the writer is stuck, which it must be before it has sent limit bytes.
-func (f *flood) blocked(limit int64) error {
-	const still = 250 * time.Millisecond
+func (f *flood) blocked(limit int64, still time.Duration) error {
 	last, since := f.sent.Load(), time.Now()
 	for time.Since(since) < still {
 		select {
@@ -300,6 +303,27 @@ func (f *flood) blocked(limit int64) error {
 		}
 	}
 	return nil
+}
+
+// whileStuck plays what must work while the writer is stuck, and again if it was only slow.
+func (f *flood) whileStuck(play func() error) error {
+	for range 5 {
+		if err := f.blocked(f.e.t.Held, still); err != nil {
+			return err
+		}
+		n := f.sent.Load()
+		if err := play(); err != nil || f.sent.Load() == n {
+			return err
+		}
+	}
+	return nil
+}
+
+// begun waits until the writer has sent n bytes, or has had the time for them.
+func (f *flood) begun(n int64) {
+	for start := time.Now(); f.sent.Load() < n && time.Since(start) < still/2; {
+		time.Sleep(5 * time.Millisecond)
+	}
 }
 
 // failed waits for the writer's conn to fail.

@@ -104,7 +104,7 @@ func playResetBehindData(t *trial, from side) error {
 	if err != nil {
 		return err
 	}
-	if err := near.flood(1).blocked(t.Held); err != nil {
+	if err := near.flood(1).blocked(t.Held, still); err != nil {
 		return err
 	}
 	if err := near.reset(); err != nil {

@@ -91,7 +91,7 @@ func newRun(name string, b Bed, o Options) *run {
 
 // playAll plays what can be played together, a few at a time: most of them wait most of the time.
 func playAll(ctx context.Context, runs []*run) {
-	const lanes = 12
+	const lanes = 8
 	plays := make(chan func())
 	var all sync.WaitGroup
 	for range lanes {

@@ -22,7 +22,7 @@ func playBackpressure(t *trial, from side) error {
 		return err
 	}
 	f := near.flood(2)
-	if err := f.blocked(t.Held); err != nil {
+	if err := f.blocked(t.Held, max(still, t.Prompt)); err != nil {
 		return err
 	}
 	t.note("%d KiB are held for a reader that stalls", f.sent.Load()>>10)
@@ -34,10 +34,7 @@ func playStalledDirection(t *trial, from side) error {
 	if err != nil {
 		return err
 	}
-	if err := near.flood(1).blocked(t.Held); err != nil {
-		return err
-	}
-	return back(t, far, near)
+	return near.flood(1).whileStuck(func() error { return back(t, far, near) })
 }
 
 func playStalledConnection(t *trial, from side) error {
@@ -49,17 +46,16 @@ func playStalledConnection(t *trial, from side) error {
 	if err != nil {
 		return err
 	}
-	if err := near.flood(1).blocked(t.Held); err != nil {
-		return err
-	}
-	if err := back(t, before, beforeFar); err != nil {
-		return err
-	}
-	after, afterFar, err := t.open(from)
-	if err != nil {
-		return err
-	}
-	return back(t, after, afterFar)
+	return near.flood(1).whileStuck(func() error {
+		if err := back(t, before, beforeFar); err != nil {
+			return err
+		}
+		after, afterFar, err := t.open(from)
+		if err != nil {
+			return err
+		}
+		return back(t, after, afterFar)
+	})
 }
 
 // back sends a byte and then more from one end to the other, which must arrive promptly.
