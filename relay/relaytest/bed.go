@@ -42,7 +42,10 @@ type Meter interface {
 	Held() (descriptors, goroutines int, err error)
 }
 
-// inProcess measures the process of the test.
+// InProcess returns the Meter of a relay that runs in the process of the test. The test must not
+// run in parallel with others.
+func InProcess() Meter { return inProcess{} }
+
 type inProcess struct{}
 
 func (inProcess) CPU() (time.Duration, error) { return cpuTime(), nil }
@@ -123,7 +126,7 @@ type Dialed struct {
 	Dial func(ctx context.Context, origin net.Addr) (net.Conn, error)
 	// ClientCaps and OriginCaps are what the legs carry. Zero is what TCP does.
 	ClientCaps, OriginCaps Caps
-	// Meter measures the relay. Nil leaves out what needs that.
+	// Meter measures the relay: [InProcess], or one of yours. Nil leaves out what needs that.
 	Meter Meter
 
 	mu sync.Mutex

@@ -37,7 +37,8 @@ func TestDialedDirect(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	RunBed(t, &Dialed{Origin: ln, Dial: Forward("tcp", ln.Addr().String())}, Options{Rounds: 40, Bytes: 1 << 20})
+	bed := &Dialed{Origin: ln, Dial: Forward("tcp", ln.Addr().String()), Meter: InProcess()}
+	RunBed(t, bed, Options{Rounds: 40, Bytes: 1 << 20})
 }
 
 // A relay that takes connections and dials nobody, or cannot be dialled, ends an Open with a reason.
