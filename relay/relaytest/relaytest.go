@@ -27,8 +27,8 @@
 //
 // # Reading a failure
 //
-// A scenario has a name, a meaning (what a user of the relay suffers where it fails) and a level:
-// [Must] where bytes, an end or an error are lost or something hangs or leaks, [Should] where it is
+// A scenario has a name, a meaning (what a relay that passes does, in one line) and a level: [Must]
+// where bytes, an end or an error are lost or something hangs or leaks, [Should] where it is
 // only slow. Most come in two forms, from-client and from-origin, by who does what the name says.
 package relaytest
 
