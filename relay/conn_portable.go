@@ -12,46 +12,46 @@ import (
 // io.ReadWriteCloser.
 type conn struct {
 	rwc    io.ReadWriteCloser
-	socket socket // the kernel's socket at the bottom; its zero value if there is none
-	bare   bool   // rwc is the socket itself, so that its bytes are the stream's bytes
+	below  below // the kernel's socket at the bottom; its zero value if there is none
+	bare   bool  // rwc is the socket itself, so that its bytes are the stream's bytes
 	ended  atomic.Bool
 	closer sync.Once
 	unhook func()
 }
 
 func newConn(c io.ReadWriteCloser) *conn {
-	k := &conn{rwc: c, socket: socketOf(c)}
+	k := &conn{rwc: c, below: belowOf(c)}
 	switch t := c.(type) {
 	case *net.TCPConn:
 		t.SetNoDelay(true)
-		k.bare = k.socket.raw != nil
+		k.bare = k.below.raw != nil
 	case *net.UnixConn:
-		k.bare = k.socket.raw != nil
+		k.bare = k.below.raw != nil
 	}
 	return k
 }
 
 // watch calls failed, once, when the socket fails, whether or not somebody reads from it or writes to it.
 func (c *conn) watch(failed func()) {
-	if c.socket.raw != nil {
-		c.unhook = c.socket.watch(failed)
+	if c.below.raw != nil {
+		c.unhook = c.below.watch(failed)
 	}
 }
 
 // failure returns the error of a socket that was seen to have failed. It may take the error away
 // from a Read that follows; the machine knows by then that the side has failed.
-func (c *conn) failure() error { return c.socket.failure() }
+func (c *conn) failure() error { return c.below.failure() }
 
 // wasReset tells, after a Read has reported the end, whether that was the end of the stream. A
 // reset shows itself once; if a Write on the other way has consumed it, Read sees an end.
 // A socket that both sides have ended is as dead as one that was reset, so ended is looked at last:
 // it is set before our own end is sent.
 func (c *conn) wasReset() bool {
-	return c.socket.raw != nil && c.socket.dead() && !c.ended.Load()
+	return c.below.raw != nil && c.below.dead() && !c.ended.Load()
 }
 
 // unsent returns how many bytes the kernel still holds for the peer. ok is false where that cannot be known.
-func (c *conn) unsent() (n int, ok bool) { return c.socket.unsent() }
+func (c *conn) unsent() (n int, ok bool) { return c.below.unsent() }
 
 // stopReading frees a Read that waits, where the conn has deadlines.
 func (c *conn) stopReading() {
@@ -179,7 +179,7 @@ func (rd *reader) takeSmall() []byte {
 // readSocket waits in the netpoller, without a buffer.
 func (rd *reader) readSocket() ([]byte, error) {
 	rd.n, rd.err = 0, nil
-	if err := rd.c.socket.raw.Read(rd.try); err != nil {
+	if err := rd.c.below.raw.Read(rd.try); err != nil {
 		return nil, err
 	}
 	if rd.n == 0 {

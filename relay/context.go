@@ -20,11 +20,11 @@ import (
 // the context is only what ctx is.
 func ResetContext(ctx context.Context, c io.ReadWriteCloser) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	s := socketOf(c)
+	s := belowOf(c)
 	if s.raw == nil {
 		return ctx, func() { cancel(nil) }
 	}
-	w := &resetWatch{socket: s, cancel: cancel}
+	w := &resetWatch{below: s, cancel: cancel}
 	w.timer = time.AfterFunc(watchDelay, w.begin)
 	return ctx, w.end
 }
@@ -33,7 +33,7 @@ func ResetContext(ctx context.Context, c io.ReadWriteCloser) (context.Context, c
 const watchDelay = 20 * time.Millisecond
 
 type resetWatch struct {
-	socket socket
+	below  below
 	cancel context.CancelCauseFunc
 	timer  *time.Timer
 
@@ -46,7 +46,7 @@ func (w *resetWatch) begin() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !w.ended {
-		w.unwatch = w.socket.watch(w.reset)
+		w.unwatch = w.below.watch(w.reset)
 	}
 }
 
@@ -63,20 +63,22 @@ func (w *resetWatch) end() {
 	w.cancel(nil)
 }
 
-// socketOf returns the kernel's socket below c, through TLS and wrappers that say they are transparent.
-func socketOf(c any) socket {
+// belowOf returns the kernel's socket below c, through TLS and wrappers that say they are transparent.
+func belowOf(c any) below {
 	for {
 		switch t := c.(type) { // exactly these: a wrapper that embeds one may see and change bytes
 		case *net.TCPConn:
-			return newSocket(t, true)
+			return newBelow(t, true)
 		case *net.UnixConn:
-			return newSocket(t, false)
+			return newBelow(t, false)
+		case *Socket:
+			return t.below()
 		case *tls.Conn:
 			c = t.NetConn()
 		case *headConn:
 			c = t.Conn
 		default:
-			return socket{}
+			return below{}
 		}
 	}
 }

@@ -15,7 +15,7 @@ import (
 // through a pipe. It owns a buffer or a pipe only while it holds bytes that its destination does
 // not take.
 
-// kpair is a pair under the kernel engine. It is the loop's from its registration on.
+// kpair is a pair under the kernel engine. It is the loop's from its start on.
 type kpair struct {
 	m     machine
 	sides [2]kside
@@ -24,29 +24,27 @@ type kpair struct {
 	relay *Relay
 	stats *Stats
 	done  func(Result)
+	loop  *loop
 
-	loop       *loop
-	index, gen uint32
-	timer      int32 // place in the loop's timers, -1 for none
-	queued     bool  // stands in loop.ready
-	settling   bool  // stands in loop.ending
-	gone       bool  // over: nothing of it may be touched
-
-	start    int64 // all times as clock tells them
-	deadline int64 // in the loop's timers
-	last     int64 // when a byte last moved, or the limit last changed
-	limit    limit
-	unsent   [2]int32 // the send queues when last seen, while settling
+	timer
+	queued bool // stands in loop.ready
+	gone   bool // over: nothing of it may be touched
+	limit  limit
+	unsent [2]int32 // the send queues when last seen, while settling
+	start  int64    // all times as clock tells them
+	last   int64    // when a byte last moved, or the limit last changed
 }
 
 // kside is one socket.
 type kside struct {
-	fd       int32
-	tcp      bool
-	readable bool // a read may yield bytes, an end or an error
-	writable bool // a write may succeed
-	ending   bool // its end or an error was signalled: read until it comes
-	urgent   bool // urgent data was signalled: splice would stop at its mark
+	fd        int32
+	slot      uint32
+	tcp       bool
+	readable  bool // a read may yield bytes, an end or an error
+	writable  bool // a write may succeed
+	ending    bool // its end or an error was signalled: read until it comes
+	urgent    bool // urgent data was signalled: splice would stop at its mark
+	keepalive bool // it is to have keepalive, once it has lived a while
 }
 
 // kway is one direction.
@@ -69,92 +67,137 @@ const (
 
 // startKernel has a loop carry the pair where both conns are kernel sockets. Otherwise, and where
 // the kernel gives no descriptors, handled is false and nothing was done.
-func startKernel(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, done func(Result)) (h *Pair, handled bool) {
-	if r.Portable {
+func startKernel(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, done func(Result)) (_ *Pair, handled bool) {
+	if r.Portable || !isSocket(a) || !isSocket(b) {
 		return nil, false
 	}
-	p := &kpair{m: newMachine(), relay: r, stats: st, done: done, timer: -1, start: clock()}
+	conns := [2]io.ReadWriteCloser{a, b}
+	sockets := [2]*Socket{asSocket(a), asSocket(b)}
+	st.engine.Store(uint32(Kernel))
+	p := &kpair{m: newMachine(), relay: r, stats: st, done: done, start: clock()}
 	p.ways[A].head, p.ways[B].head = heads[A], heads[B]
-	for s, c := range [...]io.ReadWriteCloser{a, b} {
-		if p.sides[s], handled = takeSocket(c); !handled {
-			p.closeFrom(s)
-			return nil, false
+	if sockets[A] == nil || sockets[B] == nil || p.enter(sockets) != nil {
+		st.engine.Store(uint32(None))
+		for i, s := range sockets {
+			if s != nil && s != conns[i] {
+				s.Close()
+			}
+		}
+		return nil, false
+	}
+	for i, s := range sockets {
+		if s != conns[i] {
+			conns[i].Close() // the loop has a descriptor of its own
 		}
 	}
-	st.engine.Store(uint32(Kernel))
-	if err := withLoop(p.enter); err != nil {
-		st.engine.Store(uint32(None))
-		p.closeFrom(2)
-		return nil, false
-	}
-	a.Close() // the loop has descriptors of its own
-	b.Close()
 	return &Pair{p}, true
 }
 
-func (p *kpair) closeFrom(n int) {
-	for _, s := range p.sides[:n] {
-		unix.Close(int(s.fd))
+// isSocket says whether c is a stream socket of the kernel and nothing else: a wrapper that embeds
+// one may see and change bytes.
+func isSocket(c io.ReadWriteCloser) bool {
+	switch c.(type) {
+	case *net.TCPConn, *net.UnixConn, *Socket:
+		return true
 	}
+	return false
 }
 
-// takeSocket duplicates the descriptor of a bare kernel socket. The conn can be closed then, and
-// its descriptor leaves Go's poller with it.
-func takeSocket(c io.ReadWriteCloser) (s kside, ok bool) {
-	var raw syscall.RawConn
-	var err error
-	switch t := c.(type) { // exactly these: a wrapper that embeds one may see and change bytes
-	case *net.TCPConn:
-		raw, err = t.SyscallConn()
-		s.tcp = true
-	case *net.UnixConn:
-		raw, err = t.SyscallConn()
-	default:
-		return s, false
+// asSocket returns c as a Socket, duplicating its descriptor where Go's poller has it. The conn can be closed then,
+// and its own descriptor leaves the poller with it. It is nil if that fails, or c is used as a conn already.
+func asSocket(c io.ReadWriteCloser) *Socket {
+	s, ok := c.(*Socket)
+	if ok {
+		if s.isConn() {
+			return nil
+		}
+		return s
 	}
+	raw, err := c.(syscall.Conn).SyscallConn()
 	if err != nil {
-		return s, false
+		return nil
 	}
+	_, tcp := c.(*net.TCPConn)
 	cerr := raw.Control(func(fd uintptr) {
-		if !s.tcp {
+		if !tcp {
 			if typ, terr := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE); terr != nil || typ != unix.SOCK_STREAM {
 				err = unix.EPROTOTYPE
 				return
 			}
 		}
 		var n int
-		n, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
-		s.fd = int32(n)
-		if err == nil && s.tcp {
-			unix.SetsockoptInt(n, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+		if n, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err == nil {
+			s = &Socket{fd: n, tcp: tcp}
 		}
 	})
-	s.writable = true
-	return s, err == nil && cerr == nil
+	if err != nil || cerr != nil {
+		return nil
+	}
+	if tcp {
+		unix.SetsockoptInt(s.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	}
+	return s
 }
 
-// enter registers the pair. The loop's lock is held, so no event is handled before it returns.
-func (p *kpair) enter(l *loop) error {
-	p.loop = l
-	p.index, p.gen = l.register(p)
-	for s := range p.sides {
-		if err := l.add(int(p.sides[s].fd), pairEvents, p.index, p.gen, Side(s)); err != nil {
-			if s == 1 {
-				unix.EpollCtl(l.epfd, unix.EPOLL_CTL_DEL, int(p.sides[A].fd), nil)
-			}
-			l.unregister(p.index)
-			return err
+// enter takes both sockets over, from now on the loop's alone. On an error nothing was taken.
+func (p *kpair) enter(sockets [2]*Socket) error {
+	for _, s := range sockets {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.fd < 0 {
+			return net.ErrClosed
 		}
 	}
-	l.fresh = append(l.fresh, p)
-	return nil
+	home := sockets[A].loop // a socket that was watched or dialled has one already
+	if home == nil {
+		home = sockets[B].loop
+	}
+	fresh := false // A was registered here
+	return withLoop(home, func(l *loop) error {
+		for i, s := range sockets {
+			switch {
+			case s.loop == nil:
+				index, err := l.register(s.fd, pairEvents, s, A)
+				if err != nil {
+					if i == 1 && fresh {
+						sockets[A].leaveLocked()
+					}
+					return err
+				}
+				s.loop, s.slot = l, index
+				fresh = true
+			case s.loop != l: // only if somebody has dialled for another client
+				return unix.EXDEV
+			}
+		}
+		p.loop = l
+		for i, s := range sockets {
+			p.sides[i] = kside{fd: int32(s.fd), slot: s.slot, tcp: s.tcp, writable: true, keepalive: s.keepalive}
+			sl := &l.slots[s.slot]
+			sl.target, sl.side = p, Side(i)
+			p.sides[i].note(s.seen)
+			s.fd, s.loop, s.told = -1, nil, nil
+		}
+		l.post(p)
+		return nil
+	})
 }
 
-// began is the loop's first touch of the pair.
-func (p *kpair) began(l *loop) {
+// keepaliveAfter is how old a pair is when its sockets get keepalive, where they have none: those of short
+// connections never need it.
+const keepaliveAfter = 5 * time.Second
+
+// inTurn is the loop's first touch of the pair.
+func (p *kpair) inTurn(l *loop) {
+	if p.gone {
+		return // an event came first, and was the last
+	}
 	p.last = l.now
 	p.limit = p.m.limit()
 	p.setTimer(l)
+	for s := A; s <= B && !p.gone; s++ { // what the sockets had to say before
+		p.flow(l, s)
+	}
 }
 
 // abortPair asks the loop to abort the pair.
@@ -163,8 +206,19 @@ func (p *kpair) abortPair(cause error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if !l.closed {
-		l.calls = append(l.calls, call{p, p.gen, cause})
-		l.wake()
+		l.post(&abortion{p, cause})
+	}
+}
+
+// abortion carries an abort to the loop.
+type abortion struct {
+	pair  *kpair
+	cause error
+}
+
+func (a *abortion) inTurn(l *loop) {
+	if !a.pair.gone {
+		a.pair.do(l, a.pair.m.cancel(a.cause))
 	}
 }
 
@@ -182,6 +236,19 @@ func (p *kpair) event(l *loop, s Side, events uint32) {
 			}
 		}
 	}
+	k.note(events)
+	if events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		if p.flow(l, s.other()); p.gone {
+			return
+		}
+	}
+	if k.readable {
+		p.flow(l, s)
+	}
+}
+
+// note remembers what events say.
+func (k *kside) note(events uint32) {
 	if events&unix.EPOLLPRI != 0 {
 		k.urgent = true
 	}
@@ -194,12 +261,6 @@ func (p *kpair) event(l *loop, s Side, events uint32) {
 	}
 	if events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
 		k.writable = true
-		if p.flow(l, s.other()); p.gone {
-			return
-		}
-	}
-	if k.readable {
-		p.flow(l, s)
 	}
 }
 
@@ -435,34 +496,49 @@ func (p *kpair) end(l *loop, act action) {
 	l.timers.remove(p)
 	p.gone = true
 	l.mu.Lock()
-	l.unregister(p.index)
+	l.unregister(p.sides[A].slot)
+	l.unregister(p.sides[B].slot)
 	l.mu.Unlock()
 	if p.done != nil {
 		p.done(result(&p.m, p.stats, time.Duration(clock()-p.start)))
 	}
 }
 
-// setTimer enters the pair's limit into the loop's timers.
+func (p *kpair) at() *timer { return &p.timer }
+
+// setTimer enters the pair's next deadline into the loop's timers.
 func (p *kpair) setTimer(l *loop) {
-	d := p.relay.length(p.limit)
-	if d <= 0 {
+	d := int64(p.relay.length(p.limit))
+	switch {
+	case p.limit == limitSettle:
+		return
+	case p.sides[A].keepalive || p.sides[B].keepalive:
+		if k := int64(keepaliveAfter); d <= 0 || p.start+k < p.last+d {
+			l.timers.set(p, p.start+k)
+			return
+		}
+	case d <= 0:
 		l.timers.remove(p)
 		return
 	}
-	l.timers.set(p, p.last+int64(d))
+	l.timers.set(p, p.last+d)
 }
 
 // timeUp is called when the timer ran out; bytes may have moved since it was set.
 func (p *kpair) timeUp(l *loop) {
-	d := int64(p.relay.length(p.limit))
-	if p.last+d > l.now {
-		l.timers.set(p, p.last+d)
+	if l.now-p.start >= int64(keepaliveAfter) {
+		for s := range p.sides {
+			p.sides[s].keepAlive()
+		}
+	}
+	if d := int64(p.relay.length(p.limit)); d <= 0 || p.last+d > l.now {
+		p.setTimer(l)
 		return
 	}
 	for s := A; s <= B; s++ { // what waits for a slow reader is no silence
 		if n, _ := unsent(int(p.sides[s].fd)); n > 0 || p.ways[s].holds() {
 			p.last = l.now
-			l.timers.set(p, p.last+d)
+			p.setTimer(l)
 			return
 		}
 	}
@@ -471,7 +547,6 @@ func (p *kpair) timeUp(l *loop) {
 
 func (p *kpair) beginSettle(l *loop) {
 	l.timers.remove(p)
-	p.settling = true
 	l.ending = append(l.ending, p)
 }
 

@@ -12,9 +12,9 @@ import (
 
 // A loop waits for many sockets at a time with one epoll instance, edge-triggered. It carries pairs
 // of kernel sockets (kernel_linux.go), which costs each of them no goroutine and no buffer while
-// they are idle, and it watches sockets that others read and write for errors.
+// they are idle; it dials (dial_linux.go); and it watches sockets that others read and write for errors.
 //
-// All that belongs to a pair is touched by the loop's goroutine only, from its registration to its
+// All that belongs to a pair is touched by the loop's goroutine only, from its start to its
 // end. Other goroutines reach the loop through the fields that loop.mu guards.
 type loop struct {
 	epfd, wakefd int
@@ -22,9 +22,10 @@ type loop struct {
 	mu     sync.Mutex
 	slots  []slot
 	free   []uint32 // slots not in use
-	fresh  []*kpair // registered since the last turn
-	calls  []call
+	posted []posted // for the loop's next turn
 	closed bool
+	mail   atomic.Bool // something was posted
+	asleep atomic.Bool // the loop waits, or is about to: who posts must wake it
 
 	// What follows belongs to the loop's goroutine.
 	now    int64 // of this turn, since epoch
@@ -34,17 +35,19 @@ type loop struct {
 	buf    *[largeSize]byte
 	pipes  pipes
 	batch  []happening
+	turn   []posted
 	events [256]unix.EpollEvent
 }
 
 // slot is what an epoll event names: by index and generation, so that an event that was
 // on its way when its socket was closed finds nobody.
 type slot struct {
-	gen    uint32
 	target target
+	gen    uint32
+	side   Side
 }
 
-// target is what a loop has registered.
+// target is what a slot belongs to.
 type target interface {
 	// event says what has happened to the socket of side s. It runs on the loop's goroutine and must not block.
 	event(l *loop, s Side, events uint32)
@@ -56,11 +59,9 @@ type happening struct {
 	events uint32
 }
 
-// call asks the loop to abort a pair.
-type call struct {
-	pair  *kpair
-	gen   uint32
-	cause error
+// posted is work for the loop's goroutine.
+type posted interface {
+	inTurn(l *loop)
 }
 
 // loops are the process's loops. They are made when there is work and end when there has been none for a while.
@@ -86,11 +87,17 @@ func clock() int64 { return int64(time.Since(epoch)) }
 // two processors leaves room for it, and for the rest of the process.
 func loopCount() int { return max(1, runtime.GOMAXPROCS(0)/2) }
 
-// withLoop calls register with a live loop, whose lock is held.
-func withLoop(register func(l *loop) error) error {
+// withLoop calls do with a live loop, whose lock is held: the one that is wanted if that is not nil, which
+// must have something registered, or else the next in turn.
+func withLoop(want *loop, do func(l *loop) error) error {
+	if want != nil {
+		want.mu.Lock()
+		defer want.mu.Unlock()
+		return do(want)
+	}
 	loops.Lock()
 	defer loops.Unlock()
-	for range loopCount() + 1 {
+	for {
 		if len(loops.all) < loopCount() {
 			l, err := newLoop()
 			if err != nil {
@@ -103,14 +110,12 @@ func withLoop(register func(l *loop) error) error {
 		l := loops.all[loops.next%len(loops.all)]
 		l.mu.Lock()
 		if !l.closed {
-			err := register(l)
-			l.mu.Unlock()
-			return err
+			defer l.mu.Unlock()
+			return do(l)
 		}
 		l.mu.Unlock()
 		removeLoop(l)
 	}
-	return unix.EAGAIN
 }
 
 // removeLoop takes l off the list, whose lock is held.
@@ -143,8 +148,8 @@ func newLoop() (*loop, error) {
 	return l, nil
 }
 
-// register makes t known and returns its slot. The lock is held.
-func (l *loop) register(t target) (index, gen uint32) {
+// register has epoll report fd to t, as its side s, and returns the slot. The lock is held.
+func (l *loop) register(fd int, events uint32, t target, s Side) (index uint32, err error) {
 	if n := len(l.free); n > 0 {
 		index = l.free[n-1]
 		l.free = l.free[:n-1]
@@ -152,62 +157,78 @@ func (l *loop) register(t target) (index, gen uint32) {
 		index = uint32(len(l.slots))
 		l.slots = append(l.slots, slot{})
 	}
-	l.slots[index].target = t
-	return index, l.slots[index].gen
+	sl := &l.slots[index]
+	sl.target, sl.side = t, s
+	ev := unix.EpollEvent{Events: events, Fd: int32(index), Pad: int32(sl.gen)}
+	if err := unix.EpollCtl(l.epfd, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
+		l.unregister(index)
+		return 0, err
+	}
+	return index, nil
 }
 
-// unregister forgets a slot. The lock is held.
+// unregister forgets a slot. Closing its descriptor takes that out of epoll. The lock is held.
 func (l *loop) unregister(index uint32) {
 	l.slots[index].gen++
 	l.slots[index].target = nil
 	l.free = append(l.free, index)
+	if len(l.free) == len(l.slots) {
+		l.notify() // it may end now
+	}
 }
 
-// add has epoll report fd as the side s of the slot.
-func (l *loop) add(fd int, events uint32, index, gen uint32, s Side) error {
-	ev := unix.EpollEvent{Events: events, Fd: int32(index<<1 | uint32(s)), Pad: int32(gen)}
-	return unix.EpollCtl(l.epfd, unix.EPOLL_CTL_ADD, fd, &ev)
+// post leaves work for the loop's next turn. The lock is held. The work is dropped if the loop has ended.
+func (l *loop) post(p posted) {
+	l.posted = append(l.posted, p)
+	l.mail.Store(true)
+	l.notify()
 }
 
-// wake ends the loop's wait.
-func (l *loop) wake() {
-	one := [8]byte{1}
-	unix.Write(l.wakefd, one[:]) // fails only if the counter is full: then it is awake
+// notify ends the loop's wait, if it waits.
+func (l *loop) notify() {
+	if l.asleep.Load() {
+		one := [8]byte{1}
+		unix.Write(l.wakefd, one[:]) // fails only if the counter is full: then it is awake
+	}
 }
 
 // run is the loop's goroutine.
 func (l *loop) run() {
-	var turn turn
+	var wait waiting
 	for {
-		n := l.wait(&turn)
+		n := l.wait(&wait)
 		l.now = clock()
-		if l.collect(n, turn.slept) {
+		if l.collect(n, wait.slept) {
 			break
 		}
-		turn.needed = turn.slept
+		wait.needed = wait.slept
 		for i := range l.batch {
 			h := &l.batch[i]
 			h.target.event(l, h.side, h.events)
 			h.target = nil
 		}
+		for i, p := range l.turn {
+			p.inTurn(l)
+			l.turn[i] = nil
+		}
 		l.expire()
 		l.pollEnding()
 		l.runReady()
-		turn.worked = n > 0
+		wait.worked = n > 0
 	}
 	l.pipes.closeAll()
 	unix.Close(l.epfd)
 	unix.Close(l.wakefd)
 }
 
-// turn is what wait remembers.
-type turn struct {
+// waiting is what wait remembers.
+type waiting struct {
 	worked bool // the last turn had events
 	slept  bool // the wait slept through lingerTime
 	needed bool // and yet the loop is needed: sockets are watched
 }
 
-// collect turns n epoll events into happenings and takes in what others have left. It reports
+// collect turns n epoll events into happenings and takes over what was posted. It reports
 // whether the loop ends, which it does after an idle time without anything registered.
 func (l *loop) collect(n int, idle bool) (end bool) {
 	l.mu.Lock()
@@ -218,41 +239,20 @@ func (l *loop) collect(n int, idle bool) (end bool) {
 		if ev.Fd < 0 {
 			continue // woken; edge-triggered, so the counter need not be read
 		}
-		sl := &l.slots[uint32(ev.Fd)>>1]
-		if sl.target == nil || sl.gen != uint32(ev.Pad) {
-			continue
-		}
-		l.batch = append(l.batch, happening{sl.target, Side(ev.Fd & 1), ev.Events})
-	}
-	for i, p := range l.fresh {
-		p.began(l)
-		l.fresh[i] = nil
-	}
-	l.fresh = l.fresh[:0]
-	for _, c := range l.calls {
-		if sl := &l.slots[c.pair.index]; sl.gen == c.gen && sl.target == target(c.pair) {
-			l.batch = append(l.batch, happening{target: &abortion{c.pair, c.cause}})
+		sl := &l.slots[ev.Fd]
+		if sl.target != nil && sl.gen == uint32(ev.Pad) {
+			l.batch = append(l.batch, happening{sl.target, sl.side, ev.Events})
 		}
 	}
-	clear(l.calls)
-	l.calls = l.calls[:0]
-	if idle && len(l.free) == len(l.slots) {
+	l.turn = append(l.turn[:0], l.posted...)
+	clear(l.posted)
+	l.posted = l.posted[:0]
+	l.mail.Store(false)
+	if idle && len(l.turn) == 0 && len(l.free) == len(l.slots) {
 		l.closed = true
 		return true
 	}
 	return false
-}
-
-// abortion carries a call to its turn.
-type abortion struct {
-	pair  *kpair
-	cause error
-}
-
-func (a *abortion) event(l *loop, _ Side, _ uint32) {
-	if !a.pair.gone {
-		a.pair.do(l, a.pair.m.cancel(a.cause))
-	}
 }
 
 // wait fills l.events and returns how many there are.
@@ -261,14 +261,16 @@ func (a *abortion) event(l *loop, _ Side, _ uint32) {
 // after it, at the price of up to two switches between threads for each message. So a loop that
 // has just worked waits the first millisecond without the scheduler's knowledge; that is too short to hold up
 // a garbage collection, and an idle loop does it once.
-func (l *loop) wait(t *turn) int {
+func (l *loop) wait(t *waiting) int {
 	timeout, mayEnd := l.timeout()
 	t.slept = false
+	l.asleep.Store(true)
+	defer l.asleep.Store(false)
+	if len(l.ready) > 0 || l.mail.Load() {
+		return l.epoll(0, true)
+	}
 	if mayEnd && t.needed {
 		return l.epoll(-1, false)
-	}
-	if len(l.ready) > 0 {
-		return l.epoll(0, true)
 	}
 	if t.worked && runtime.GOMAXPROCS(0) > 1 {
 		if n := l.epoll(min(timeout, busyWait), true); n > 0 || timeout <= busyWait {
@@ -306,14 +308,14 @@ func (l *loop) epoll(timeout int, raw bool) int {
 	return int(n)
 }
 
-// expire looks at the pairs whose limit may have run out.
+// expire calls back whose deadline has passed.
 func (l *loop) expire() {
 	for {
-		p, ok := l.timers.due(l.now)
+		t, ok := l.timers.due(l.now)
 		if !ok {
 			return
 		}
-		p.timeUp(l)
+		t.timeUp(l)
 	}
 }
 
@@ -365,115 +367,25 @@ func (w *watched) event(_ *loop, _ Side, events uint32) {
 
 // watch calls failed, at most once, when the socket has an error, also where nobody reads from it or
 // writes to it. failed must not block. A call may be under way when unwatch returns.
-func (s socket) watch(failed func()) (unwatch func()) {
+func (s below) watch(failed func()) (unwatch func()) {
 	w := &watched{failed: failed}
 	ok := false
-	s.raw.Control(func(fd uintptr) { ok = withLoop(func(l *loop) error { return w.enter(l, int(fd)) }) == nil })
+	s.raw.Control(func(fd uintptr) {
+		ok = withLoop(nil, func(l *loop) (err error) {
+			w.loop = l
+			w.index, err = l.register(int(fd), watchEvents, w, A)
+			return err
+		}) == nil
+	})
 	if !ok {
 		return func() {}
 	}
 	return func() { w.leave(s) }
 }
 
-func (w *watched) enter(l *loop, fd int) error {
-	w.loop = l
-	index, gen := l.register(w)
-	w.index = index
-	if err := l.add(fd, watchEvents, index, gen, A); err != nil {
-		l.unregister(index)
-		return err
-	}
-	return nil
-}
-
-func (w *watched) leave(s socket) {
+func (w *watched) leave(s below) {
+	s.raw.Control(func(fd uintptr) { unix.EpollCtl(w.loop.epfd, unix.EPOLL_CTL_DEL, int(fd), nil) })
 	w.loop.mu.Lock()
 	defer w.loop.mu.Unlock()
-	if w.loop.closed {
-		return
-	}
-	s.raw.Control(func(fd uintptr) { unix.EpollCtl(w.loop.epfd, unix.EPOLL_CTL_DEL, int(fd), nil) })
 	w.loop.unregister(w.index)
-	if len(w.loop.free) == len(w.loop.slots) {
-		w.loop.wake() // it may end now
-	}
-}
-
-// timers is a heap of pairs by their deadline.
-type timers []*kpair
-
-func (t timers) next() (deadline int64, ok bool) {
-	if len(t) == 0 {
-		return 0, false
-	}
-	return t[0].deadline, true
-}
-
-// due returns the first pair if its deadline has come. It stays in the heap.
-func (t timers) due(now int64) (*kpair, bool) {
-	if len(t) == 0 || t[0].deadline > now {
-		return nil, false
-	}
-	return t[0], true
-}
-
-// set moves p to a deadline, entering it where it is not in the heap.
-func (t *timers) set(p *kpair, deadline int64) {
-	p.deadline = deadline
-	if p.timer < 0 {
-		p.timer = int32(len(*t))
-		*t = append(*t, p)
-	}
-	if !t.up(int(p.timer)) {
-		t.down(int(p.timer))
-	}
-}
-
-// remove takes p out, if it is in.
-func (t *timers) remove(p *kpair) {
-	if p.timer < 0 {
-		return
-	}
-	i, last := int(p.timer), len(*t)-1
-	t.swap(i, last)
-	(*t)[last] = nil
-	*t = (*t)[:last]
-	p.timer = -1
-	if i < last && !t.up(i) {
-		t.down(i)
-	}
-}
-
-func (t timers) swap(i, j int) {
-	t[i], t[j] = t[j], t[i]
-	t[i].timer, t[j].timer = int32(i), int32(j)
-}
-
-func (t timers) up(i int) (moved bool) {
-	for i > 0 {
-		parent := (i - 1) / 2
-		if t[parent].deadline <= t[i].deadline {
-			break
-		}
-		t.swap(i, parent)
-		i, moved = parent, true
-	}
-	return moved
-}
-
-func (t timers) down(i int) {
-	for {
-		child := 2*i + 1
-		if child >= len(t) {
-			return
-		}
-		if child+1 < len(t) && t[child+1].deadline < t[child].deadline {
-			child++
-		}
-		if t[i].deadline <= t[child].deadline {
-			return
-		}
-		t.swap(i, child)
-		i = child
-	}
 }

@@ -53,7 +53,7 @@ const eventsMax = 8
 func newPair(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte) *pair {
 	st.engine.Store(uint32(Copy))
 	return &pair{
-		relay: r, stats: st, sides: [2]*conn{newConn(a), newConn(b)}, heads: heads, m: newMachine(),
+		relay: r, stats: st, sides: [2]*conn{newConn(ordinary(a)), newConn(ordinary(b))}, heads: heads, m: newMachine(),
 		start: time.Now(), events: make(chan event, eventsMax),
 	}
 }

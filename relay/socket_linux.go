@@ -1,96 +1,290 @@
 package relay
 
 import (
-	"syscall"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// canTryRead says that readSocket works here: the netpoller can be waited in without a buffer.
-const canTryRead = true
+// Socket is a TCP or Unix stream socket that Go's poller does not know. It is a [net.Conn], and the first
+// use as one makes it an ordinary conn; but where it is only handed on, from a [SocketListener] or
+// [DialSocket] to Join or Start, the poller's work for it is saved, which for a short connection
+// is about half of all that is done. Its methods may be called from any goroutine.
+type Socket struct {
+	mu        sync.Mutex
+	fd        int      // -1: closed, given to a pair, or std's
+	std       net.Conn // the ordinary conn that it has become
+	tcp       bool
+	keepalive bool // the pair that takes it sees to keepalive
+	peer      netip.AddrPort
+	local     netip.AddrPort // zero: not asked for yet
 
-// socket is a stream socket of the kernel below a conn that Go's net package still owns.
-type socket struct {
-	raw syscall.RawConn
-	tcp bool
+	loop *loop // where it is registered, as slot; nil: nowhere
+	slot uint32
+	seen uint32                       // events so far; the loop's lock guards it
+	told func(l *loop, events uint32) // on the loop's goroutine; nil: nobody is interested
 }
 
-func newSocket(c syscall.Conn, tcp bool) socket {
-	raw, err := c.SyscallConn()
+var _ net.Conn = (*Socket)(nil)
+var _ HalfCloser = (*Socket)(nil)
+var _ Aborter = (*Socket)(nil)
+
+// event keeps what is told while nobody has taken the socket.
+func (s *Socket) event(l *loop, _ Side, events uint32) {
+	l.mu.Lock()
+	s.seen |= events
+	told := s.told
+	l.mu.Unlock()
+	if told != nil {
+		told(l, events)
+	}
+}
+
+// register has a loop tell told of all events; home is the loop, or nil for any.
+func (s *Socket) register(home *loop, told func(l *loop, events uint32)) (*loop, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd < 0 || s.loop != nil {
+		return nil, net.ErrClosed
+	}
+	err := withLoop(home, func(l *loop) error {
+		s.told = told
+		index, err := l.register(s.fd, pairEvents, s, A)
+		if err != nil {
+			return err
+		}
+		s.loop, s.slot = l, index
+		return nil
+	})
+	return s.loop, err
+}
+
+// leave takes the socket out of its loop, if it is in one. s.mu is held.
+func (s *Socket) leave() {
+	if l := s.loop; l != nil {
+		l.mu.Lock()
+		s.leaveLocked()
+		l.mu.Unlock()
+	}
+}
+
+// leaveLocked is leave with the loop's lock held.
+func (s *Socket) leaveLocked() {
+	unix.EpollCtl(s.loop.epfd, unix.EPOLL_CTL_DEL, s.fd, nil)
+	s.loop.unregister(s.slot)
+	s.loop, s.told, s.seen = nil, nil, 0
+}
+
+// below lets the socket be watched.
+func (s *Socket) below() below {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.std != nil {
+		return belowOf(s.std)
+	}
+	return below{raw: rawSocket{s}, tcp: s.tcp}
+}
+
+// rawSocket is a Socket's descriptor as a syscall.RawConn.
+type rawSocket struct{ s *Socket }
+
+// Control calls f with the descriptor, which is valid until f returns.
+func (r rawSocket) Control(f func(fd uintptr)) error {
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	if r.s.fd < 0 {
+		return net.ErrClosed
+	}
+	f(uintptr(r.s.fd))
+	return nil
+}
+
+func (rawSocket) Read(func(fd uintptr) bool) error  { return errors.ErrUnsupported }
+func (rawSocket) Write(func(fd uintptr) bool) error { return errors.ErrUnsupported }
+
+func (s *Socket) isConn() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.std != nil
+}
+
+// conn makes the socket an ordinary conn.
+func (s *Socket) conn() (net.Conn, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.std != nil {
+		return s.std, nil
+	}
+	if s.fd < 0 {
+		return nil, net.ErrClosed
+	}
+	s.leave()
+	if s.tcp && s.keepalive {
+		setKeepAlive(s.fd)
+	}
+	f := os.NewFile(uintptr(s.fd), "socket")
+	s.fd = -1
+	defer f.Close()
+	std, err := net.FileConn(f)
+	s.std = std
+	return std, err
+}
+
+// Read reads as an ordinary conn.
+func (s *Socket) Read(b []byte) (int, error) {
+	c, err := s.conn()
 	if err != nil {
-		return socket{}
+		return 0, err
 	}
-	return socket{raw: raw, tcp: tcp}
+	return c.Read(b)
 }
 
-// unsent returns how many bytes the kernel holds that the peer has not acknowledged (for a Unix
-// socket: not read).
-func (s socket) unsent() (n int, ok bool) {
-	if s.raw == nil {
-		return 0, false
+// Write writes as an ordinary conn.
+func (s *Socket) Write(b []byte) (int, error) {
+	c, err := s.conn()
+	if err != nil {
+		return 0, err
 	}
-	err := s.raw.Control(func(fd uintptr) { n, ok = unsent(int(fd)) })
-	return n, ok && err == nil
+	return c.Write(b)
 }
 
-// dead says that a TCP socket is no longer connected in any way. Before our own FIN that can only
-// be by an error, a reset or a timeout.
-func (s socket) dead() (dead bool) {
-	if s.raw == nil || !s.tcp {
-		return false
+// SetDeadline sets both deadlines of an ordinary conn.
+func (s *Socket) SetDeadline(t time.Time) error {
+	c, err := s.conn()
+	if err != nil {
+		return err
 	}
-	s.raw.Control(func(fd uintptr) { dead = tcpState(int(fd)) == unix.BPF_TCP_CLOSE })
-	return dead
+	return c.SetDeadline(t)
 }
 
-// failure takes the socket's pending error.
-func (s socket) failure() error {
-	err := errReset
-	if s.raw != nil {
-		s.raw.Control(func(fd uintptr) { err = socketError(int(fd)) })
+// SetReadDeadline sets the deadline of an ordinary conn's Read.
+func (s *Socket) SetReadDeadline(t time.Time) error {
+	c, err := s.conn()
+	if err != nil {
+		return err
 	}
+	return c.SetReadDeadline(t)
+}
+
+// SetWriteDeadline sets the deadline of an ordinary conn's Write.
+func (s *Socket) SetWriteDeadline(t time.Time) error {
+	c, err := s.conn()
+	if err != nil {
+		return err
+	}
+	return c.SetWriteDeadline(t)
+}
+
+// Close closes the socket.
+func (s *Socket) Close() error { return s.close(false) }
+
+// Abort closes the socket with a reset; a Unix socket, which has none, just so.
+func (s *Socket) Abort() error { return s.close(true) }
+
+func (s *Socket) close(abort bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.std != nil && abort:
+		return Abort(s.std)
+	case s.std != nil:
+		return s.std.Close()
+	case s.fd < 0:
+		return net.ErrClosed
+	}
+	s.leave()
+	if abort && s.tcp {
+		unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	}
+	err := unix.Close(s.fd)
+	s.fd = -1
 	return err
 }
 
-func unsent(fd int) (n int, ok bool) {
-	n, err := unix.IoctlGetInt(fd, unix.SIOCOUTQ)
-	return n, err == nil
-}
-
-func tcpState(fd int) uint8 {
-	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-	if err != nil {
-		return 0
+// CloseWrite half-closes the socket.
+func (s *Socket) CloseWrite() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.std != nil:
+		return s.std.(HalfCloser).CloseWrite()
+	case s.fd < 0:
+		return net.ErrClosed
 	}
-	return info.State
+	return unix.Shutdown(s.fd, unix.SHUT_WR)
 }
 
-// socketError takes the pending error of a socket that has failed; where another call was given
-// it already, the error is a reset.
-func socketError(fd int) error {
-	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
-	if err != nil || n == 0 {
-		return errReset
-	}
-	return syscall.Errno(n)
-}
+// RemoteAddr returns the peer's address: a *net.TCPAddr, or a *net.UnixAddr without a name.
+func (s *Socket) RemoteAddr() net.Addr { return s.addr(s.peer) }
 
-// tryRead is called with the socket's descriptor, at first and whenever it may be readable; false
-// is to wait.
-func (rd *reader) tryRead(fd uintptr) bool {
-	for {
-		n, err := syscall.Read(int(fd), rd.takeLarge())
-		switch err {
-		case nil:
-			rd.n = n
-		case syscall.EINTR:
-			continue
-		case syscall.EAGAIN:
-			rd.releaseLarge()
-			return false
-		default:
-			rd.err = err
+// LocalAddr returns our own address, in the form of RemoteAddr.
+func (s *Socket) LocalAddr() net.Addr {
+	s.mu.Lock()
+	if s.tcp && !s.local.IsValid() && s.fd >= 0 {
+		if sa, err := unix.Getsockname(s.fd); err == nil {
+			s.local = addrPortOf(sa)
 		}
-		return true
+	}
+	s.mu.Unlock()
+	return s.addr(s.local)
+}
+
+func (s *Socket) addr(a netip.AddrPort) net.Addr {
+	if !s.tcp {
+		return &net.UnixAddr{Net: "unix"}
+	}
+	return net.TCPAddrFromAddrPort(a)
+}
+
+func addrPortOf(sa unix.Sockaddr) netip.AddrPort {
+	switch t := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(t.Addr), uint16(t.Port))
+	case *unix.SockaddrInet6:
+		ip := netip.AddrFrom16(t.Addr).Unmap()
+		if t.ZoneId != 0 && ip.Is6() {
+			if i, err := net.InterfaceByIndex(int(t.ZoneId)); err == nil {
+				ip = ip.WithZone(i.Name)
+			}
+		}
+		return netip.AddrPortFrom(ip, uint16(t.Port))
+	}
+	return netip.AddrPort{}
+}
+
+// The keepalive of sockets that the relay itself has opened: a machine that vanished is noticed in about a minute.
+const (
+	keepaliveSeconds = 15
+	keepaliveProbes  = 3
+)
+
+func setKeepAlive(fd int) {
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepaliveSeconds)
+	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepaliveSeconds)
+	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepaliveProbes)
+}
+
+// ordinary returns c as a conn of Go's net package where it is a Socket.
+func ordinary(c io.ReadWriteCloser) io.ReadWriteCloser {
+	if s, ok := c.(*Socket); ok {
+		if std, err := s.conn(); err == nil {
+			return std
+		}
+	}
+	return c
+}
+
+// keepAlive turns the side's keepalive on, if that was left to the pair.
+func (k *kside) keepAlive() {
+	if k.keepalive {
+		k.keepalive = false
+		setKeepAlive(int(k.fd))
 	}
 }

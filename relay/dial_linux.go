@@ -1,0 +1,137 @@
+package relay
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// DialSocket connects to a TCP address for a client that waits for it, without a goroutine. done is called once, with the socket or an
+// error, from a goroutine of the relay's or before DialSocket returns; it must not block. handled is
+// false if client is not a [Socket] fit for it: then nothing was done, and done is not called.
+//
+// The client's reset cancels the dial, with ECONNRESET; so does calling cancel, with its cause,
+// which does nothing once done was called. After a timeout the error is [context.DeadlineExceeded]; 0 is none.
+func DialSocket(client net.Conn, to netip.AddrPort, timeout time.Duration, done func(*Socket, error)) (cancel func(error), handled bool) {
+	c, ok := client.(*Socket)
+	if !ok || c.isConn() || !to.IsValid() || to.Addr().Zone() != "" {
+		return nil, false
+	}
+	origin, err := connectSocket(to)
+	d := &dialing{client: c, origin: origin, done: done, to: to}
+	if timeout > 0 {
+		d.deadline = clock() + int64(timeout)
+	}
+	loop, rerr := c.register(nil, d.clientEvent)
+	if rerr != nil {
+		if origin != nil {
+			origin.Abort()
+		}
+		return nil, false
+	}
+	if err == nil {
+		_, err = origin.register(loop, d.originEvent)
+	}
+	loop.mu.Lock()
+	defer loop.mu.Unlock()
+	if err != nil {
+		loop.post(&undial{d, err})
+	} else if timeout > 0 {
+		loop.post(d)
+	}
+	return func(cause error) { d.cancel(loop, cause) }, true
+}
+
+// dialing is one dial. What it says to done, it says on the loop's goroutine.
+type dialing struct {
+	timer
+	client *Socket
+	origin *Socket
+	to     netip.AddrPort
+	done   func(*Socket, error) // nil once called; the loop's goroutine's
+}
+
+// connectSocket begins to connect.
+func connectSocket(to netip.AddrPort) (*Socket, error) {
+	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()})
+	if ip := to.Addr().Unmap(); ip.Is4() {
+		family, sa = unix.AF_INET, &unix.SockaddrInet4{Port: int(to.Port()), Addr: ip.As4()}
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	if err := unix.Connect(fd, sa); err != nil && err != unix.EINPROGRESS && err != unix.EINTR {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("connect", err)
+	}
+	return &Socket{fd: fd, tcp: true, keepalive: true, peer: to}, nil
+}
+
+// inTurn sets the deadline.
+func (d *dialing) inTurn(l *loop) {
+	if d.done != nil {
+		l.timers.set(d, d.deadline)
+	}
+}
+
+func (d *dialing) at() *timer { return &d.timer }
+
+func (d *dialing) timeUp(l *loop) { d.fail(l, context.DeadlineExceeded) }
+
+func (d *dialing) originEvent(l *loop, events uint32) {
+	switch {
+	case d.done == nil:
+	case events&(unix.EPOLLERR|unix.EPOLLHUP) != 0:
+		if err := failureOf(d.origin.fd, true); err != nil {
+			d.fail(l, os.NewSyscallError("connect", err))
+		}
+	case events&unix.EPOLLOUT != 0:
+		d.finish(l, d.origin, nil)
+	}
+}
+
+func (d *dialing) clientEvent(l *loop, events uint32) {
+	if d.done != nil && events&unix.EPOLLERR != 0 {
+		d.fail(l, errReset)
+	}
+}
+
+func (d *dialing) fail(l *loop, err error) {
+	if d.origin != nil {
+		d.origin.Abort()
+	}
+	d.finish(l, nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(d.to), Err: err})
+}
+
+func (d *dialing) finish(l *loop, s *Socket, err error) {
+	l.timers.remove(d)
+	done := d.done
+	d.done = nil
+	done(s, err)
+}
+
+func (d *dialing) cancel(l *loop, cause error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.closed {
+		l.post(&undial{d, cause})
+	}
+}
+
+// undial ends a dial.
+type undial struct {
+	*dialing
+	err error
+}
+
+func (u *undial) inTurn(l *loop) {
+	if u.done != nil {
+		u.fail(l, u.err)
+	}
+}
