@@ -20,7 +20,7 @@ const maxInterim = 8
 // before anything is written.
 func WriteRequest(w io.Writer, host string, port uint16, user, password string) error {
 	target := net.JoinHostPort(host, strconv.Itoa(int(port)))
-	if _, _, err := parseTarget(target); err != nil {
+	if _, _, err := ParseTarget(target); err != nil {
 		return fmt.Errorf("connect: %q cannot be asked for: not a host and port", target)
 	}
 	if strings.Contains(user, ":") {

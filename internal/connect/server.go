@@ -78,7 +78,7 @@ func parseRequest(lines []string) (req Request, err error) {
 	if method != "CONNECT" {
 		return req, &RequestError{405, "only CONNECT is understood here"}
 	}
-	if req.Host, req.Port, err = parseTarget(target); err != nil {
+	if req.Host, req.Port, err = ParseTarget(target); err != nil {
 		return req, err
 	}
 	seen := make(map[string]bool, 4) // headers that may stand once
@@ -118,8 +118,9 @@ func isVersion1(s string) bool {
 	return len(s) == len("HTTP/1.1") && strings.HasPrefix(s, "HTTP/1.") && '0' <= s[7] && s[7] <= '9'
 }
 
-// parseTarget reads authority-form (RFC 9112 section 3.2.3): host, colon, port. There is no default port.
-func parseTarget(s string) (host string, port uint16, err error) {
+// ParseTarget reads the target of a CONNECT (authority-form, RFC 9112 section 3.2.3): host, colon, port. There is no
+// default port. An IPv6 address stands in brackets, which host is without. An error is a [*RequestError].
+func ParseTarget(s string) (host string, port uint16, err error) {
 	host, digits, err := net.SplitHostPort(s)
 	if err != nil {
 		if strings.Contains(s, "://") {
