@@ -46,10 +46,11 @@ func ReadResponse(r io.Reader) (rest []byte, err error) {
 	for range maxInterim + 1 {
 		var lines []string
 		lines, rest, err = readHead(r, rest, looksLikeHTTP)
+		_, foreign := err.(notHTTP)
 		switch {
 		case err == io.EOF || err == io.ErrUnexpectedEOF:
 			return nil, fmt.Errorf("connect: the proxy closed instead of answering: %w", io.ErrUnexpectedEOF)
-		case err == errTooLong || err == errControl:
+		case foreign || err == errTooLong || err == errControl:
 			return nil, err
 		case err != nil:
 			return nil, fmt.Errorf("connect: reading the answer: %w", err)
@@ -75,9 +76,16 @@ func ReadResponse(r io.Reader) (rest []byte, err error) {
 func looksLikeHTTP(got []byte) error {
 	const begin = "HTTP/1."
 	if n := min(len(got), len(begin)); string(got[:n]) != begin[:n] {
-		return fmt.Errorf("connect: the answer is not HTTP/1: it begins with %q", got[:min(len(got), 32)])
+		return notHTTP(got[:min(len(got), 32)])
 	}
 	return nil
+}
+
+// notHTTP is the beginning of an answer that is none.
+type notHTTP string
+
+func (e notHTTP) Error() string {
+	return fmt.Sprintf("connect: the answer is not HTTP/1: it begins with %q", string(e))
 }
 
 // parseResponse takes what a response says of interest, and is lenient with the rest.
