@@ -1,0 +1,190 @@
+package config
+
+import (
+	"crypto/tls"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"strings"
+
+	"github.com/sluice-proxy/sluice/internal/inbound"
+	"github.com/sluice-proxy/sluice/internal/outbound"
+	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/relay"
+)
+
+// Bound is an inbound with its way out, ready to listen.
+type Bound struct {
+	Name    string
+	Inbound proxy.Inbound
+	Router  proxy.Router
+}
+
+// Relay returns the settings of the relay.
+func (c *Config) Relay() relay.Relay {
+	return relay.Relay{Idle: c.Idle.Limit(), HalfOpen: c.HalfOpen.Limit()}
+}
+
+// Build makes the parts that c describes. It fills c, and reads the files and environment variables
+// with secrets; a nil lookupEnv finds none. log, which may be nil, is where the parts write.
+func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) ([]Bound, error) {
+	if err := c.Fill(); err != nil {
+		return nil, err
+	}
+	if lookupEnv == nil {
+		lookupEnv = func(string) (string, bool) { return "", false }
+	}
+	b := &builder{
+		c:       c,
+		secrets: secrets{dir: c.src.dir, lookupEnv: lookupEnv, files: map[string][]byte{}},
+		errs:    errorList{src: &c.src},
+		log:     log,
+	}
+	for i := range c.Outbounds { // also those that nobody uses; what is wrong is said once, where it stands
+		o := &c.Outbounds[i]
+		if _, err := outboundTypeOf(o.Type).build(b, o, nil); err != nil {
+			b.errs.add(fmt.Sprintf("outbounds[%d]", i), "%w", err)
+		}
+	}
+	if len(b.errs.errs) > 0 {
+		return nil, b.errs.join()
+	}
+	var bounds []Bound
+	for i := range c.Inbounds {
+		bounds = append(bounds, b.inbound(&c.Inbounds[i], fmt.Sprintf("inbounds[%d]", i)))
+	}
+	if len(b.errs.errs) > 0 {
+		return nil, b.errs.join()
+	}
+	return bounds, nil
+}
+
+type builder struct {
+	c       *Config
+	secrets secrets
+	errs    errorList
+	log     *slog.Logger
+}
+
+func (b *builder) inbound(in *Inbound, path string) Bound {
+	l := inbound.Listener{
+		Name:             in.Name,
+		Addr:             proxy.Addr(in.Listen),
+		Mode:             fs.FileMode(in.Mode),
+		Allow:            prefixes(in.Allow),
+		Deny:             prefixes(in.Deny),
+		MaxConns:         in.MaxConns,
+		AcceptProxy:      in.AcceptProxy,
+		HandshakeTimeout: b.c.HandshakeTimeout.Wait(),
+		Log:              b.log,
+	}
+	var users inbound.Users
+	if in.UsersFile != "" || in.UsersEnv != "" {
+		key := ".users-file"
+		if in.UsersFile == "" {
+			key = ".users-env"
+		}
+		var errs []error
+		users, errs = b.secrets.users(in.UsersFile, in.UsersEnv)
+		for _, err := range errs {
+			b.errs.add(path+key, "%w", err)
+		}
+	}
+	return Bound{in.Name, inboundTypeOf(in.Type).build(in, l, users), b.route(in.Via, path+".via")}
+}
+
+// route builds the chain of hops, each dialled through the one before.
+func (b *builder) route(via []string, path string) proxy.Router {
+	if len(via) == 0 {
+		via = []string{"direct"}
+	}
+	hops, err := b.c.chain(via)
+	if err != nil { // Fill has followed it
+		b.errs.add(path, "%w", err)
+		return nil
+	}
+	var d proxy.Dialer // nil: direct
+	var labels []string
+	for _, h := range hops {
+		labels = append(labels, h.label)
+		if d, err = outboundTypeOf(h.out.Type).build(b, h.out, d); err != nil {
+			b.errs.add(path, "%s: %w", h.label, err) // a URL: named ones are known to be good
+			return nil
+		}
+	}
+	return proxy.Static{Name: strings.Join(labels, ","), Dialer: d}
+}
+
+func forward(in *Inbound, l inbound.Listener, _ inbound.Users) proxy.Inbound {
+	version := map[string]int{"v1": 1, "v2": 2}[in.SendProxy]
+	return &inbound.Forward{Listener: l, To: proxy.Addr(in.To), SendProxy: version}
+}
+
+func socks5(_ *Inbound, l inbound.Listener, users inbound.Users) proxy.Inbound {
+	return &inbound.SOCKS5{Listener: l, Users: users}
+}
+
+func httpProxy(_ *Inbound, l inbound.Listener, users inbound.Users) proxy.Inbound {
+	return &inbound.HTTP{Listener: l, Users: users}
+}
+
+func mixed(_ *Inbound, l inbound.Listener, users inbound.Users) proxy.Inbound {
+	return &inbound.Mixed{Listener: l, Users: users}
+}
+
+func direct(_ *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) {
+	return &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: o.Mark}, nil
+}
+
+func socks5Out(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error) {
+	password, err := b.password(o)
+	return &outbound.SOCKS5{Server: proxy.Addr(o.Server), User: o.User, Password: password, Via: via}, err
+}
+
+func httpOut(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error) {
+	password, err := b.password(o)
+	return &outbound.HTTP{Server: proxy.Addr(o.Server), User: o.User, Password: password, Via: via}, err
+}
+
+func httpsOut(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error) {
+	settings := &tls.Config{ServerName: o.ServerName, MinVersion: tls.VersionTLS12}
+	if settings.ServerName == "" {
+		settings.ServerName = o.Server.Host
+	}
+	if o.CAFile != "" {
+		var err error
+		if settings.RootCAs, err = b.secrets.roots(o.CAFile); err != nil {
+			return nil, fmt.Errorf("ca-file: %w", err)
+		}
+	}
+	password, err := b.password(o)
+	return &outbound.HTTP{
+		Server: proxy.Addr(o.Server), User: o.User, Password: password, TLS: settings, Via: via,
+	}, err
+}
+
+func reject(*builder, *Outbound, proxy.Dialer) (proxy.Dialer, error) { return &outbound.Reject{}, nil }
+
+// password reads the password of o, where it has a user.
+func (b *builder) password(o *Outbound) (string, error) {
+	if o.User == "" {
+		return "", nil
+	}
+	p, err := b.secrets.password(o.PasswordFile, o.PasswordEnv)
+	if err != nil && o.PasswordFile != "" {
+		return "", fmt.Errorf("password-file: %w", err)
+	}
+	if err != nil {
+		return "", fmt.Errorf("password-env: %w", err)
+	}
+	return p, nil
+}
+
+func prefixes(list []Prefix) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range list {
+		out = append(out, netip.Prefix(p))
+	}
+	return out
+}

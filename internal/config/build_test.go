@@ -1,0 +1,161 @@
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sluice-proxy/sluice/internal/inbound"
+	"github.com/sluice-proxy/sluice/internal/outbound"
+	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/internal/proxytest"
+)
+
+// writeFile writes a file that only its owner can read, beside the configuration in dir.
+func writeFile(t *testing.T, dir, name, content string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// build loads and builds a configuration that lies in dir.
+func build(t *testing.T, dir, file string, env map[string]string) []Bound {
+	t.Helper()
+	c, err := Load(filepath.Join(dir, "sluice.yaml"), []byte(file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	bounds, err := c.Build(nil, func(k string) (string, bool) { v, ok := env[k]; return v, ok })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bounds
+}
+
+// chainOf describes a dialer: the last hop first, as they are composed.
+func chainOf(t *testing.T, d proxy.Dialer) string {
+	t.Helper()
+	switch d := d.(type) {
+	case nil:
+		return "nil"
+	case *outbound.Direct:
+		return fmt.Sprintf("direct(%v %s %d)", d.BindAddr, d.Interface, d.Mark)
+	case *outbound.SOCKS5:
+		return fmt.Sprintf("socks5(%v %s %s) over %s", d.Server, d.User, d.Password, chainOf(t, d.Via))
+	case *outbound.HTTP:
+		name := ""
+		if d.TLS != nil {
+			name = fmt.Sprintf(" as %s, roots %v", d.TLS.ServerName, d.TLS.RootCAs != nil)
+		}
+		return fmt.Sprintf("http(%v %s %s%s) over %s", d.Server, d.User, d.Password, name, chainOf(t, d.Via))
+	case *outbound.Reject:
+		return "reject"
+	}
+	t.Fatalf("unknown dialer %T", d)
+	return ""
+}
+
+func TestBuildRoutes(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, dir, "corp.pass", "hunter2\r\n")
+	_, cert := proxytest.CertificateFiles(t)
+	const outbounds = `
+outbounds:
+  - {name: corp, type: socks5, server: "c:1", user: bob, password-file: corp.pass, via: [lan]}
+  - {name: lan, type: direct, bind: 10.0.0.5, interface: eth0, mark: 7}
+  - {name: deep, type: http, server: "d:2", via: [corp]}
+  - {name: tls, type: https, server: "t:443", ca-file: CERT}
+  - {name: named, type: https, server: "t:443", server-name: inner, user: bob, password-env: P}
+`
+	for via, want := range map[string]struct{ name, chain string }{
+		"":                                       {"direct", "direct(invalid IP  0)"},
+		"[direct]":                               {"direct", "direct(invalid IP  0)"},
+		"[lan]":                                  {"lan", "direct(10.0.0.5 eth0 7)"},
+		"[reject]":                               {"reject", "reject"},
+		"[corp]":                                 {"lan,corp", "socks5(c:1 bob hunter2) over direct(10.0.0.5 eth0 7)"},
+		"[deep]":                                 {"lan,corp,deep", "http(d:2  ) over socks5(c:1 bob hunter2) over direct(10.0.0.5 eth0 7)"},
+		"['http://x:1', tls]":                    {"http://x:1,tls", "http(t:443   as t, roots true) over http(x:1  ) over nil"},
+		"[named]":                                {"named", "http(t:443 bob secret as inner, roots false) over nil"},
+		"['socks5://al@[::1]:1?password-env=P']": {"socks5://[::1]:1", "socks5([::1]:1 al secret) over nil"},
+	} {
+		t.Run(via, func(t *testing.T) {
+			file := "inbounds:\n  - {type: mixed, listen: 1"
+			if via != "" {
+				file += ", via: " + via
+			}
+			file += "}" + strings.ReplaceAll(outbounds, "CERT", cert)
+			b := build(t, dir, file, map[string]string{"P": "secret"})[0]
+			name, d := b.Router.Route(proxy.Flow{})
+			if name != want.name {
+				t.Errorf("name %s, want %s", name, want.name)
+			}
+			if got := chainOf(t, d); got != want.chain {
+				t.Errorf("got  %s\nwant %s", got, want.chain)
+			}
+		})
+	}
+}
+
+func TestBuildInbounds(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, dir, "users", "# comment\nalice:a:b\r\n\nbob:b\n")
+	bounds := build(t, dir, `
+handshake-timeout: 3s
+inbounds:
+  - {name: f, type: forward, listen: unix:///s, mode: 0660, to: 80, send-proxy: v2, accept-proxy: true, allow: [10.0.0.0/8], deny: [10.0.0.1], max-conns: 5}
+  - {name: s, type: socks5, listen: 1, users-file: users}
+  - {name: h, type: http, listen: 2, users-env: U}
+  - {name: m, type: mixed, listen: 3, users-file: users}
+  - {name: o, type: mixed, listen: 4}
+`, map[string]string{"U": "eve:e"})
+	users := inbound.Users{"alice": "a:b", "bob": "b"}
+	tcp := func(name string, port uint16) inbound.Listener {
+		return inbound.Listener{Name: name, Addr: proxy.TCP("127.0.0.1", port), HandshakeTimeout: 3 * time.Second}
+	}
+	for i, want := range []proxy.Inbound{
+		&inbound.Forward{Listener: inbound.Listener{Name: "f", Addr: proxy.Addr{Network: "unix", Host: "/s"}, Mode: 0o660,
+			Allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Deny: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/32")},
+			MaxConns: 5, AcceptProxy: true, HandshakeTimeout: 3 * time.Second}, To: proxy.TCP("127.0.0.1", 80), SendProxy: 2},
+		&inbound.SOCKS5{Listener: tcp("s", 1), Users: users},
+		&inbound.HTTP{Listener: tcp("h", 2), Users: inbound.Users{"eve": "e"}},
+		&inbound.Mixed{Listener: tcp("m", 3), Users: users},
+		&inbound.Mixed{Listener: tcp("o", 4)}, // nil Users let everybody in; empty ones would let in nobody
+	} {
+		if !reflect.DeepEqual(bounds[i].Inbound, want) {
+			t.Errorf("got  %+v\nwant %+v", bounds[i].Inbound, want)
+		}
+	}
+}
+
+// TestRelaySettings: off is negative for the relay, whose zero is the default.
+func TestRelaySettings(t *testing.T) {
+	c, err := Load("s", []byte("idle: off\nhalf-open: 1m\ninbounds: [{type: mixed, listen: 1}]"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := c.Relay(); r.Idle >= 0 || r.HalfOpen != time.Minute {
+		t.Errorf("%+v", r)
+	}
+}
+
+// TestSecretFilesAreReadOnce: they may be pipes, and two hops may name the same.
+func TestSecretFilesAreReadOnce(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, dir, "p", "secret")
+	reads := secrets{dir: dir, files: map[string][]byte{}}
+	if _, err := reads.password("p", ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, "p")); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := reads.password("p", ""); got != "secret" || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+}

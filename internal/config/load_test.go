@@ -1,0 +1,385 @@
+package config
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// loadEvery loads the fixture that sets every key.
+func loadEvery(t *testing.T) *Config {
+	t.Helper()
+	c, err := ReadFile("testdata/every.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// TestFixtureSetsEveryField keeps testdata/every.yaml, and with it the other tests, complete.
+func TestFixtureSetsEveryField(t *testing.T) {
+	c := loadEvery(t)
+	var check func(path string, values []reflect.Value)
+	check = func(path string, values []reflect.Value) {
+		typ := values[0].Type()
+		for i := range typ.NumField() {
+			if !typ.Field(i).IsExported() {
+				continue
+			}
+			name := path + typ.Field(i).Name
+			if typ.Field(i).Tag.Get("yaml") == "" {
+				t.Errorf("%s has no key", name)
+			}
+			set := false
+			var below []reflect.Value
+			for _, v := range values {
+				f := v.Field(i)
+				set = set || !f.IsZero()
+				switch {
+				case f.Kind() == reflect.Struct && f.Type() == reflect.TypeFor[Log]():
+					below = append(below, f)
+				case f.Kind() == reflect.Slice && f.Type().Elem() != reflect.TypeFor[Prefix]() && f.Type().Elem().Kind() == reflect.Struct:
+					for j := range f.Len() {
+						below = append(below, f.Index(j))
+					}
+				}
+			}
+			if !set {
+				t.Errorf("testdata/every.yaml does not set %s", name)
+			}
+			if below != nil {
+				check(name+".", below)
+			}
+		}
+	}
+	check("Config.", []reflect.Value{reflect.ValueOf(*c)})
+	for _, n := range InboundTypes() {
+		if !strings.Contains(read(t, "testdata/every.yaml"), "type: "+n+"\n") {
+			t.Errorf("testdata/every.yaml has no inbound of type %s", n)
+		}
+	}
+}
+
+// TestRoundTrip prints what was loaded and loads what was printed.
+func TestRoundTrip(t *testing.T) {
+	c := loadEvery(t)
+	var out bytes.Buffer
+	if err := c.Print(&out); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Load("testdata/again.yaml", out.Bytes())
+	if err != nil {
+		t.Fatalf("%v\nin:\n%s", err, &out)
+	}
+	c.src, again.src = source{}, source{}
+	if !reflect.DeepEqual(c, again) {
+		t.Errorf("printed and loaded again it differs:\n%+v\n%+v\nprinted:\n%s", c, again, &out)
+	}
+}
+
+func TestValues(t *testing.T) {
+	c := loadEvery(t)
+	var printed bytes.Buffer
+	if err := c.Print(&printed); err != nil {
+		t.Fatal(err)
+	}
+	for _, check := range []struct{ name, got, want string }{
+		{"idle", c.Idle.String(), "1h30m"},
+		{"half-open", c.HalfOpen.String(), "off"},
+		{"half-open limit", c.HalfOpen.Limit().String(), "-1ns"},
+		{"grace 0", c.Grace.Wait().String(), "0s"},
+		{"listen 8080", c.Inbounds[0].Listen.String(), "127.0.0.1:8080"},
+		{"an address among networks", c.Inbounds[0].Allow[1].String(), "192.0.2.7/32"},
+		{"default name", c.Inbounds[1].Name, "socks5@:1080"},
+		{"to 5432", c.Inbounds[4].To.String(), "127.0.0.1:5432"},
+		{"port 0", c.Inbounds[5].Listen.String(), "127.0.0.1:0"},
+		{"bind", c.Outbounds[2].Bind.Addr().String(), "10.0.0.5"},
+	} {
+		if check.got != check.want {
+			t.Errorf("%s: %s, want %s", check.name, check.got, check.want)
+		}
+	}
+	if c.Outbounds[2].Mark != 7 || c.Inbounds[0].MaxConns != 1000 {
+		t.Errorf("mark %d and max-conns %d, want 7 and 1000", c.Outbounds[2].Mark, c.Inbounds[0].MaxConns)
+	}
+	if strings.Contains(printed.String(), "@") {
+		t.Errorf("a default name was printed:\n%s", &printed)
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	c, err := Load("a.yaml", []byte("inbounds: [{type: mixed, listen: 1080}]"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{
+		Log:              Log{Level: "info", Format: "auto"},
+		Idle:             Duration(2*time.Hour + 4*time.Minute),
+		HalfOpen:         Duration(4 * time.Minute),
+		DialTimeout:      Duration(10 * time.Second),
+		HandshakeTimeout: Duration(10 * time.Second),
+		Grace:            Duration(30 * time.Second),
+		Inbounds: []Inbound{{Name: "mixed@127.0.0.1:1080", Type: "mixed",
+			Listen: Listen{Network: "tcp", Host: "127.0.0.1", Port: 1080}}},
+	}
+	c.src = source{}
+	if !reflect.DeepEqual(*c, want) {
+		t.Errorf("got  %+v\nwant %+v", *c, want)
+	}
+}
+
+// TestErrors loads files that are wrong. Each line of a file says in a comment what is wrong with it;
+// complaints that belong to no line in particular are in more.
+func TestErrors(t *testing.T) {
+	for _, test := range []struct{ name, file, more string }{
+		{"empty", "", "s.yaml: inbounds: missing: nothing to listen at"},
+		{"comment only", "# nothing\n", "s.yaml: inbounds: missing: nothing to listen at"},
+		{"not keys", "- 1", "s.yaml:1: expected keys with values, found a list\ns.yaml:1: inbounds: missing: nothing to listen at"},
+		{"syntax", "log: {level: info\n", "s.yaml:1: could not find flow mapping end token '}'"},
+		{"tab", "log:\n\tlevel: info\n", "s.yaml:2: found character '\t' that cannot start any token"},
+		{"documents", "idle: 1s\n---\nidle: 2s\n", "s.yaml: more than one document (---) in the file"},
+		{"IPv6 without quotes", "inbounds:\n- type: mixed\n  listen: [::1]:1080\n",
+			`s.yaml:3: value is not allowed in this context (an IPv6 address needs quotes, as in "[::1]:1080")`},
+		{"anchor", "idle: &x 1s # idle: anchors, aliases and tags (& * << !) are not supported\n" +
+			"inbounds: [{type: mixed, listen: 1}]\n", ""},
+		{"merge", "inbounds:\n- type: mixed\n  listen: 1\n  <<: {open: true} # inbounds[0]: a key must be a plain word\n", ""},
+		{"top level", `
+log: debug           # log: expected keys with values, found "debug"
+idel: 4m             # idel: unknown key (did you mean idle?)
+idle: 4              # idle: "4" is not a duration (as in 90s, 4m, 2h30m, off)
+half-open: -4m       # half-open: "-4m" is negative (write off for no limit)
+dial-timeout: 0      # dial-timeout: cannot be switched off: a destination that never answers would hold its client for ever
+handshake-timeout: off # handshake-timeout: cannot be switched off: clients that never say what they want would pile up
+grace: [1s]          # grace: expected one value, found a list
+grace: 1s            # grace: given twice: first on line 8
+inbounds:            # inbounds: has no value: give one or remove the key
+`, ""},
+		{"log", `
+log:
+  level: loud  # log.level: "loud" is not one of debug, info, warn, error
+  format: xml  # log.format: "xml" is not one of auto, text, json
+inbounds: [{type: mixed, listen: 1}]
+`, ""},
+		{"inbounds", `
+inbounds:
+- type: sock5       # inbounds[0].type: unknown type "sock5" (did you mean socks5?)
+- listen: 1         # inbounds[1].type: missing (one of forward, socks5, http, mixed)
+- type: forward     # inbounds[2].listen: missing # inbounds[2].to: missing
+  open: true        # inbounds[2].open: does not apply to type forward
+  max-conns: -1     # inbounds[2].max-conns: -1 is negative (remove the key for no limit)
+- type: forward
+  listen: localhost # inbounds[3].listen: address "localhost": missing port (as in localhost:80)
+  to: 0             # inbounds[3].to: address "0": port 0 cannot be connected to
+  send-proxy: v3    # inbounds[3].send-proxy: "v3" is not one of v1, v2
+  accept-proxy: yes # inbounds[3].accept-proxy: "yes" is neither true nor false
+  mode: 0888        # inbounds[3].mode: "0888" is not the permissions of a file in octal (as in 0660)
+  max-conns: many   # inbounds[3].max-conns: "many" is not a whole number
+- type: http
+  name: a b         # inbounds[4].name: not a name: up to 64 letters, digits and . _ -
+  listen: 1080
+  to: 80            # inbounds[4].to: does not apply to type http
+  mode: 0660        # inbounds[4].mode: is for Unix sockets (listen: unix:///path)
+  send-proxy: v1    # inbounds[4].send-proxy: does not apply to type http
+- type: http
+  name: x
+  listen: 127.0.0.1:1080 # inbounds[5].listen: 127.0.0.1:1080 is taken by inbounds[4]
+  allow: 10.0.0.0/8 # inbounds[5].allow: expected a list (as in [10.0.0.0/8]), found "10.0.0.0/8"
+  deny: []          # inbounds[5].deny: the list is empty: give a value or remove the key
+- type: http
+  name: x           # inbounds[6].name: x is the name of entry 5, too
+  listen: 1081
+  allow:
+  - 10.0.0.1/8      # inbounds[6].allow[0]: "10.0.0.1/8" has bits behind the prefix: write 10.0.0.0/8, or 10.0.0.1 for one address
+  - ten             # inbounds[6].allow[1]: "ten" is not a network (as in 10.0.0.0/8) or an IP address
+  - "::ffff:10.0.0.0/104" # inbounds[6].allow[2]: "::ffff:10.0.0.0/104" is an IPv4 network in IPv6 form: write it as IPv4
+`, ""},
+		{"open proxies", `
+inbounds:
+- type: mixed
+  listen: :1080       # inbounds[0].listen: a proxy on :1080 is open to everyone who can reach this machine: give users-file (lines of name:password), or open: true if that is meant, or listen on loopback
+- type: socks5
+  listen: 10.0.0.1:1080 # inbounds[1].listen: a proxy on 10.0.0.1:1080 is open to everyone who can reach this machine: give users-file (lines of name:password), or open: true if that is meant, or listen on loopback
+- type: http
+  listen: "[::]:1080" # inbounds[2].listen: a proxy on [::]:1080 is open to everyone who can reach this machine: give users-file (lines of name:password), or open: true if that is meant, or listen on loopback
+- type: http
+  listen: :1082
+  open: true          # inbounds[3].open: contradicts the list of users: remove one
+  users-file: users
+- type: http
+  listen: :1083
+  users-file: users
+  users-env: USERS    # inbounds[4].users-env: one of users-file and users-env, not both
+- type: http
+  listen: :1084
+  users-file: ""      # inbounds[5].users-file: is empty: give a value or remove the key
+- {type: http, listen: localhost:1085}
+- {type: http, listen: unix:///run/x}
+- {type: forward, listen: :80, to: 80}
+`, ""},
+		{"via", `
+inbounds:
+- type: mixed
+  listen: 1
+  via: corp              # inbounds[0].via: expected a list (as in [corp]), found "corp"
+- type: mixed
+  listen: 2
+  via:
+  - crop                 # inbounds[1].via[0]: no outbound is called crop (did you mean corp?)
+  - bob:secret@corp:1    # inbounds[1].via[1]: neither the name of an outbound nor a URL (as in socks5://host:port)
+  - socks5://bob:secret@corp:1 # inbounds[1].via[2]: a password in a URL can be seen by everyone who lists processes or reads the file: write socks5://bob@corp:1?password-file=PATH or ?password-env=NAME
+  - socks5://bob:se/cret@corp:1 # inbounds[1].via[3]: not a URL of the form socks5://host:port
+  - socks5h://corp:1     # inbounds[1].via[4]: unknown kind of proxy "socks5h" (did you mean socks5?)
+  - http://corp          # inbounds[1].via[5]: address "corp": missing port (as in corp:80)
+  - http://corp:1/path   # inbounds[1].via[6]: nothing may follow host:port but ?key=value (as in socks5://host:port)
+  - http://corp:1?ca-file=x # inbounds[1].via[7]: unknown key "ca-file" (known: password-file, password-env)
+  - https://corp:1?ca-file=x&ca-file=y # inbounds[1].via[8]: ca-file is given twice
+  - socks5://bob@corp:1  # inbounds[1].via[9]: user bob has no password: add ?password-file=PATH or ?password-env=NAME
+  - http://corp:1?password-env=P # inbounds[1].via[10]: a password without a user
+  - {name: corp}         # inbounds[1].via[11]: expected one value, found keys with values
+  - direct://            # inbounds[1].via[12]: unknown kind of proxy "direct" (known: socks5, http, https)
+- type: mixed
+  listen: 3
+  via: [corp, direct]    # inbounds[2].via: direct is a direct way and can only be the first hop
+- {type: mixed, listen: 4, via: [direct, corp]}
+- {type: mixed, listen: 5, via: [reject]}
+- type: mixed
+  listen: 6
+  via: [corp,corp,corp,corp,corp,corp,corp,corp,corp,corp,corp,corp,corp,corp,corp,corp,corp] # inbounds[5].via: more than 16 hops
+outbounds:
+- {name: corp, type: http, server: corp:3128}
+`, ""},
+		{"outbounds", `
+inbounds: [{type: mixed, listen: 1}]
+outbounds:
+- type: socks        # outbounds[0].name: missing # outbounds[0].type: unknown type "socks" (did you mean socks5?)
+- name: a            # outbounds[1].type: missing (one of direct, socks5, http, https, reject)
+- name: a            # outbounds[2].name: a is the name of entry 1, too # outbounds[2].server: missing
+  type: http
+- name: b
+  type: direct
+  server: x:1        # outbounds[3].server: does not apply to type direct
+  bind: here         # outbounds[3].bind: "here" is not an IP address
+- name: c
+  type: direct
+  mark: -1           # outbounds[4].mark: -1 is not a number from 0 to 0xffffffff
+- name: d            # outbounds[5]: one of password-file and password-env, not both
+  type: socks5
+  server: x:1
+  user: bob
+  password-file: x
+  password-env: x
+  password: secret   # outbounds[5].password: secrets do not stand in the configuration: use password-file or password-env
+- name: e            # outbounds[6]: user bob has no password: give password-file or password-env
+  type: socks5
+  server: x:1
+  user: bob
+- name: e/e          # outbounds[7].name: not a name: up to 64 letters, digits and . _ -
+  type: reject
+  via: [a]           # outbounds[7].via: does not apply to type reject
+- name: f            # outbounds[8]: a Unix socket cannot be reached through a proxy: remove via
+  type: http
+  server: unix:///run/x
+  via: [d]
+- {name: g, type: https, server: "unix:///run/y"} # outbounds[9]: a Unix socket has no name that a certificate could have: give server-name
+`, ""},
+		{"circles", `
+inbounds: [{type: mixed, listen: 1, via: [a]}]
+outbounds:
+- {name: a, type: http, server: "x:1", via: [b, c]}
+- {name: b, type: http, server: "x:1", via: [b]} # outbounds[1].via: goes in a circle: b via b
+- {name: c, type: http, server: "x:1", via: [a]} # outbounds[2].via: goes in a circle: a via c via a
+`, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var want []string
+			for i, line := range strings.Split(test.file, "\n") {
+				for _, complaint := range strings.Split(line, " # ")[1:] {
+					want = append(want, "s.yaml:"+strconv.Itoa(i+1)+": "+strings.TrimSpace(complaint))
+				}
+			}
+			if test.more != "" {
+				want = strings.Split(test.more, "\n")
+			}
+			_, err := Load("s.yaml", []byte(test.file))
+			if err == nil {
+				t.Fatal("no error")
+			}
+			got := strings.Split(err.Error(), "\n")
+			for _, w := range want {
+				if !slices.Contains(got, w) {
+					t.Errorf("missing: %s", w)
+				}
+			}
+			for _, g := range got {
+				if !slices.Contains(want, g) {
+					t.Errorf("not expected: %s", g)
+				}
+			}
+		})
+	}
+}
+
+// TestErrorsInOrder: the complaints come in the order of the file, whichever step found them.
+func TestErrorsInOrder(t *testing.T) {
+	_, err := Load("s.yaml", []byte("inbounds:\n- type: x\n  listen: y\n- type: z\nfoo: 1\n"))
+	want := "s.yaml:2: inbounds[0].type: unknown type \"x\" (known: forward, socks5, http, mixed)\n" +
+		"s.yaml:3: inbounds[0].listen: address \"y\": missing port (as in y:80)\n" +
+		"s.yaml:4: inbounds[1].type: unknown type \"z\" (known: forward, socks5, http, mixed)\n" +
+		"s.yaml:5: foo: unknown key (known: log, idle, half-open, dial-timeout, handshake-timeout, grace, inbounds, outbounds)"
+	if err == nil || err.Error() != want {
+		t.Errorf("got\n%v\nwant\n%s", err, want)
+	}
+}
+
+func TestReadFileMissing(t *testing.T) {
+	if _, err := ReadFile("testdata/none.yaml"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%v, want one that says the file is missing", err)
+	}
+}
+
+func FuzzLoad(f *testing.F) {
+	f.Add([]byte(read(f, "testdata/every.yaml")))
+	f.Add([]byte("inbounds:\n- {type: mixed, listen: 1, via: [a]}\noutbounds:\n- {name: a, type: http, server: 'x:1', via: [a, a]}"))
+	f.Add([]byte("a: &a [*a, <<: *a]\n? b\n: !!str c\n--- |\n d"))
+	f.Add([]byte("inbounds: [{type: mixed, listen: 1, via: ['http://a@b:1?password-file=c']}]"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if len(data) > 4096 {
+			t.Skip("the parser is slow on deep nesting")
+		}
+		c, err := Load("f.yaml", data)
+		if err != nil {
+			if err.Error() == "" {
+				t.Error("an error without a text")
+			}
+			return
+		}
+		var out bytes.Buffer
+		if err := c.Print(&out); err != nil {
+			t.Fatal(err)
+		}
+		again, err := Load("f.yaml", out.Bytes())
+		if err != nil {
+			t.Fatalf("%v\nin what was printed:\n%s", err, &out)
+		}
+		c.src, again.src = source{}, source{}
+		if !reflect.DeepEqual(c, again) {
+			t.Errorf("printed and loaded again it differs:\n%+v\n%+v", c, again)
+		}
+	})
+}
+
+func read(t testing.TB, name string) string {
+	t.Helper()
+	data, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}

@@ -1,0 +1,127 @@
+package config
+
+import (
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/sluice-proxy/sluice/internal/inbound"
+	"github.com/sluice-proxy/sluice/internal/proxy"
+)
+
+// inboundTypes is the table of inbound types. A new one is a file in package inbound and a line here.
+var inboundTypes = []inboundType{
+	{"forward", forward, "to", "send-proxy"},
+	{"socks5", socks5, "", usersKeys},
+	{"http", httpProxy, "", usersKeys},
+	{"mixed", mixed, "", usersKeys},
+}
+
+// outboundTypes is the table of outbound types. A new one is a file in package outbound and a line
+// here. Those that have a server are also the schemes of the URLs in via.
+var outboundTypes = []outboundType{
+	{"direct", direct, "", "bind interface mark"},
+	{"socks5", socks5Out, "server", serverKeys},
+	{"http", httpOut, "server", serverKeys},
+	{"https", httpsOut, "server", serverKeys + " ca-file server-name"},
+	{"reject", reject, "", ""},
+}
+
+// The keys that several types share.
+const (
+	inboundKeys  = "name type listen mode accept-proxy via allow deny max-conns" // every inbound
+	usersKeys    = "users-file users-env open"                                   // every proxy
+	outboundKeys = "name type"                                                   // every outbound
+	serverKeys   = "user password-file password-env via"                         // every upstream proxy
+)
+
+type inboundType struct {
+	name  string
+	build func(in *Inbound, l inbound.Listener, users inbound.Users) proxy.Inbound
+	needs string // keys that must be given, beside listen
+	takes string // keys that may be given, beside inboundKeys
+}
+
+type outboundType struct {
+	name  string
+	build func(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error)
+	needs string
+	takes string
+}
+
+// isProxy says whether the client chooses the destination.
+func (t *inboundType) isProxy() bool { return t.has("open") }
+
+func (t *inboundType) has(key string) bool {
+	return hasWord(key, inboundKeys, t.needs, t.takes)
+}
+
+func (t *outboundType) has(key string) bool {
+	return hasWord(key, outboundKeys, t.needs, t.takes)
+}
+
+func hasWord(word string, lists ...string) bool {
+	return slices.ContainsFunc(lists, func(l string) bool { return slices.Contains(strings.Fields(l), word) })
+}
+
+// inboundTypeOf returns the line of the table, or nil.
+func inboundTypeOf(name string) *inboundType {
+	i := slices.IndexFunc(inboundTypes, func(t inboundType) bool { return t.name == name })
+	if i < 0 {
+		return nil
+	}
+	return &inboundTypes[i]
+}
+
+// outboundTypeOf returns the line of the table, or nil.
+func outboundTypeOf(name string) *outboundType {
+	i := slices.IndexFunc(outboundTypes, func(t outboundType) bool { return t.name == name })
+	if i < 0 {
+		return nil
+	}
+	return &outboundTypes[i]
+}
+
+// InboundTypes returns the names of the types of inbounds.
+func InboundTypes() []string {
+	var names []string
+	for _, t := range inboundTypes {
+		names = append(names, t.name)
+	}
+	return names
+}
+
+// OutboundTypes returns the names of the types of outbounds.
+func OutboundTypes() []string {
+	var names []string
+	for _, t := range outboundTypes {
+		names = append(names, t.name)
+	}
+	return names
+}
+
+// hopSchemes returns the types whose hops can be written as URLs.
+func hopSchemes() []string {
+	var names []string
+	for _, t := range outboundTypes {
+		if t.needs == "server" {
+			names = append(names, t.name)
+		}
+	}
+	return names
+}
+
+// checkKeys complains about keys of v, a struct at path, that are needed and not given, or given
+// though the type called name does not take them.
+func checkKeys(l *errorList, path, name string, v reflect.Value, needs string, has func(string) bool) {
+	for _, key := range keysOf(v.Type()) {
+		f, _ := fieldOf(v, key)
+		at := path + "." + key
+		switch {
+		case hasWord(key, needs) && f.IsZero() && !l.src.has(at):
+			l.add(at, "missing")
+		case !has(key) && (!f.IsZero() || l.src.has(at)):
+			l.add(at, "does not apply to type %s", name)
+		}
+	}
+}
