@@ -6,5 +6,15 @@ require golang.org/x/sys v0.49.0
 
 require (
 	github.com/goccy/go-yaml v1.19.2
+	github.com/lmittmann/tint v1.2.1
 	github.com/pires/go-proxyproto v0.15.0
+	github.com/rogpeppe/go-internal v1.16.0
+	github.com/spf13/cobra v1.10.2
+	github.com/spf13/pflag v1.0.9
+	golang.org/x/term v0.47.0
+)
+
+require (
+	github.com/inconshreveable/mousetrap v1.1.0 // indirect
+	golang.org/x/tools v0.26.0 // indirect
 )

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+
+	"github.com/sluice-proxy/sluice/internal/config"
+	"github.com/sluice-proxy/sluice/internal/proxy"
+)
+
+// announce says on standard output what the one service does, and a command that tries it.
+func (p *program) announce(c *config.Config, services []*service) {
+	in, at := c.Inbounds[0], services[0].addr()
+	var line string
+	switch in.Type {
+	case "forward":
+		line = fmt.Sprintf("Forwarding %s to %s", show(at), in.To)
+	case "socks5":
+		line = "SOCKS5 proxy on " + show(at)
+	case "http":
+		line = "HTTP proxy on " + show(at)
+	default:
+		line = "SOCKS5 and HTTP proxy on " + show(at)
+	}
+	var hops []string
+	for _, h := range in.Via {
+		h, _, _ = strings.Cut(h, "?")
+		hops = append(hops, h)
+	}
+	if len(hops) > 0 {
+		line += " via " + strings.Join(hops, ", ")
+	}
+	fmt.Fprintln(p.stdout, line)
+	if try := tryIt(in, at); try != "" {
+		fmt.Fprintln(p.stdout, "Try it:  "+try)
+	}
+}
+
+// tryIt returns a command to copy, or nothing.
+func tryIt(in config.Inbound, at net.Addr) string {
+	tcp, ok := at.(*net.TCPAddr)
+	if !ok {
+		return ""
+	}
+	host := tcp.AddrPort()
+	if a := host.Addr().Unmap(); a.IsUnspecified() {
+		host = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), host.Port())
+	} else {
+		host = netip.AddrPortFrom(a, host.Port())
+	}
+	user := ""
+	if in.UsersFile != "" || in.UsersEnv != "" {
+		user = "--proxy-user NAME " // curl asks for the password
+	}
+	switch in.Type {
+	case "mixed", "socks5":
+		return fmt.Sprintf("curl -x socks5h://%v %shttps://example.com/", host, user)
+	case "http":
+		return fmt.Sprintf("curl -x http://%v %shttps://example.com/", host, user)
+	case "forward":
+		if in.To.Port == 80 {
+			return fmt.Sprintf("curl -H 'Host: %s' http://%v/", in.To.Host, host)
+		}
+	}
+	return ""
+}
+
+// show returns an address as people write it.
+func show(a net.Addr) string {
+	switch a := a.(type) {
+	case *net.TCPAddr:
+		if a.IP.IsUnspecified() {
+			return fmt.Sprintf(":%d (all addresses)", a.Port)
+		}
+	case *net.UnixAddr:
+		return proxy.Addr{Network: "unix", Host: a.Name}.String()
+	}
+	return a.String()
+}

@@ -1,0 +1,193 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sluice-proxy/sluice/internal/config"
+)
+
+const defaultListen = "1080"
+
+func (p *program) rootCommand() *cobra.Command {
+	var o options
+	root := &cobra.Command{
+		Use:   "sluice",
+		Short: "Relay TCP: forward ports, serve SOCKS5 and HTTP proxies, chain them",
+		Long: `sluice relays TCP so that neither end can tell it from a direct connection:
+every byte, every end, every reset and every refusal arrives as what it was.
+
+Without a command it is a SOCKS5 and HTTP proxy on 127.0.0.1:1080.`,
+		Example: `  sluice                                   a proxy for this machine
+  sluice proxy 1080 --via socks5://10.0.0.9:1080   the same, through another
+  sluice forward 8080 example.com:80       forward a port
+  sluice run sluice.yaml                   all that a file says`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return nil
+			}
+			hint := ""
+			if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+				hint = " (did you mean " + strings.Join(near, " or ") + "?)"
+			}
+			return usagef("unknown command %q%s", args[0], hint)
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return p.oneInbound(cmd, &o, o.proxyType(), defaultListen, "")
+		},
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
+	root.SuggestionsMinimumDistance = 2
+	o.addProxy(root.Flags())
+	o.addShared(root.Flags())
+	root.AddCommand(p.proxyCommand(), p.forwardCommand(), p.runCommand(), p.checkCommand(), p.versionCommand())
+	return root
+}
+
+func (p *program) proxyCommand() *cobra.Command {
+	var o options
+	cmd := &cobra.Command{
+		Use:   "proxy [LISTEN]",
+		Short: "Serve a SOCKS5 and HTTP proxy",
+		Long: `Serve SOCKS5 and HTTP (CONNECT and plain) on one port.
+
+LISTEN is a port on this machine's loopback (8080, the default is 1080), host:port,
+:port for all addresses, or unix:///path. On an address that others can reach,
+the proxy needs --users-file, or --open for none.`,
+		Example: `  sluice proxy
+  sluice proxy 10.0.0.1:1080 --users-file users.txt
+  sluice proxy 1080 --via socks5://bob@10.0.0.9:1080?password-file=bob.pass
+  sluice proxy 1080 --via https://proxy.example.com:443 --via socks5://10.0.0.9:1080`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return usagef("proxy: %q is one argument too many: one LISTEN at most", args[1])
+			}
+			return nil
+		},
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			listen := defaultListen
+			if len(args) > 0 {
+				listen = args[0]
+			}
+			return p.oneInbound(cmd, &o, o.proxyType(), listen, "")
+		},
+	}
+	o.addProxy(cmd.Flags())
+	o.addShared(cmd.Flags())
+	return cmd
+}
+
+func (p *program) forwardCommand() *cobra.Command {
+	var o options
+	cmd := &cobra.Command{
+		Use:   "forward LISTEN DST",
+		Short: "Forward a port",
+		Long: `Forward every connection to LISTEN on to DST.
+
+LISTEN is a port on this machine's loopback (8080), host:port, :port for all
+addresses, or unix:///path. DST is host:port, a port on this machine, or unix:///path.
+Names are resolved for each connection, by the last proxy on the way if there is one.`,
+		Example: `  sluice forward 8080 example.com:80
+  sluice forward :5432 unix:///run/postgresql/.s.PGSQL.5432
+  sluice forward 5432 db.internal:5432 --via socks5://10.0.0.9:1080
+  sluice forward :443 10.0.0.7:443 --send-proxy v2`,
+		Args:              wantArgs(2, "needs LISTEN and DST (as in sluice forward 8080 example.com:80)"),
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return p.oneInbound(cmd, &o, "forward", args[0], args[1])
+		},
+	}
+	o.addForward(cmd.Flags())
+	o.addShared(cmd.Flags())
+	return cmd
+}
+
+func (p *program) runCommand() *cobra.Command {
+	var log config.Log
+	cmd := &cobra.Command{
+		Use:               "run FILE",
+		Short:             "Run what a configuration file says",
+		Long:              "Run what a configuration file says; - is standard input.",
+		Example:           "  sluice forward 8080 example.com:80 --print-config >sluice.yaml\n  sluice run sluice.yaml",
+		Args:              wantArgs(1, "needs the configuration FILE (or - for standard input)"),
+		ValidArgsFunction: yamlFiles,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := p.load(args[0])
+			if err != nil {
+				return err
+			}
+			c.Log.Level = cmp.Or(log.Level, c.Log.Level)
+			c.Log.Format = cmp.Or(log.Format, c.Log.Format)
+			return p.serve(cmd.Context(), c, nil)
+		},
+	}
+	addLog(cmd.Flags(), &log, " (whatever the file says)")
+	return cmd
+}
+
+func (p *program) checkCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "check FILE",
+		Short: "Check a configuration file",
+		Long: `Say all that is wrong with a configuration file, and with the files and variables
+that hold its secrets. Nothing is bound or dialled.`,
+		Example:           "  sluice check sluice.yaml",
+		Args:              wantArgs(1, "needs the configuration FILE (or - for standard input)"),
+		ValidArgsFunction: yamlFiles,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := p.load(args[0])
+			if err != nil {
+				return err
+			}
+			if _, err := c.Build(nil, p.lookupEnv); err != nil {
+				return err
+			}
+			fmt.Fprintf(p.stdout, "%s: good: %s, %s\n", args[0],
+				count(len(c.Inbounds), "inbound"), count(len(c.Outbounds), "outbound"))
+			return nil
+		},
+	}
+}
+
+func yamlFiles(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+	return []string{"yaml", "yml"}, cobra.ShellCompDirectiveFilterFileExt
+}
+
+// load reads the configuration file called name, or standard input for "-".
+func (p *program) load(name string) (*config.Config, error) {
+	if name != "-" {
+		return config.ReadFile(name)
+	}
+	data, err := io.ReadAll(p.stdin)
+	if err != nil {
+		return nil, fmt.Errorf("standard input: %w", err)
+	}
+	return config.Load("stdin", data)
+}
+
+// oneInbound runs, or prints, the configuration with the one inbound that a command line describes.
+func (p *program) oneInbound(cmd *cobra.Command, o *options, typ, listen, to string) error {
+	c, err := o.config(typ, listen, to)
+	if err != nil {
+		return &usageError{err}
+	}
+	if o.printConfig {
+		return c.Print(p.stdout)
+	}
+	return p.serve(cmd.Context(), c, p.announce)
+}
+
+// count returns "1 session", "2 sessions".
+func count(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}

@@ -1,0 +1,146 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/sluice-proxy/sluice/internal/config"
+	"github.com/sluice-proxy/sluice/internal/proxy"
+)
+
+// abortWait is how long aborted sessions may take to be gone.
+const abortWait = 5 * time.Second
+
+// service is an inbound with its engine.
+type service struct {
+	bound  config.Bound
+	engine *proxy.Engine
+}
+
+// addr returns where the service listens: the port is known even if the kernel chose it.
+func (s *service) addr() net.Addr {
+	if b, ok := s.bound.Inbound.(interface{ BoundAddr() net.Addr }); ok {
+		return b.BoundAddr()
+	}
+	return nil
+}
+
+func (s *service) serve(ctx context.Context, ended chan<- error) {
+	ended <- s.bound.Inbound.Serve(ctx, s.engine)
+}
+
+// serve listens at all inbounds of c, says so by announce (nil: in the log), and serves until a signal.
+func (p *program) serve(ctx context.Context, c *config.Config, announce func(*config.Config, []*service)) error {
+	log := p.logger(c.Log)
+	bounds, err := c.Build(log, p.lookupEnv)
+	if err != nil {
+		return err
+	}
+	// The runtime has raised the soft limit on descriptors to the hard one: importing os is enough.
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(signals)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	services, err := listen(ctx, c, bounds, log)
+	if err != nil {
+		return err
+	}
+	if announce != nil {
+		announce(c, services)
+	} else {
+		for _, s := range services {
+			log.Info("listening", "inbound", s.bound.Name, "addr", s.addr().String())
+		}
+	}
+
+	ended := make(chan error, len(services))
+	for _, s := range services {
+		go s.serve(ctx, ended)
+	}
+	running := len(services)
+	var failed error
+	select {
+	case <-signals:
+	case <-ctx.Done():
+	case failed = <-ended: // none ends by itself but by failing
+		running--
+	}
+	return errors.Join(failed, stop(ctx, services, running, ended, signals, c.Grace.Wait(), log))
+}
+
+// listen binds all inbounds, or none: the error joins what is wrong with each.
+func listen(ctx context.Context, c *config.Config, bounds []config.Bound, log *slog.Logger) ([]*service, error) {
+	var services []*service
+	var errs []error
+	for _, b := range bounds {
+		if err := b.Inbound.Listen(ctx); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		services = append(services, &service{b, &proxy.Engine{
+			Router: b.Router, Relay: c.Relay(), DialTimeout: c.DialTimeout.Wait(), Log: log,
+		}})
+	}
+	if len(errs) > 0 {
+		for _, s := range services {
+			s.bound.Inbound.Close()
+		}
+		return nil, errors.Join(errs...)
+	}
+	return services, nil
+}
+
+// stop ends the services, of which so many run: no new clients from now on, grace for the sessions there
+// are, and then, or at another signal, their abortion.
+func stop(ctx context.Context, services []*service, running int, ended <-chan error, signals <-chan os.Signal,
+	grace time.Duration, log *slog.Logger) error {
+	var errs []error
+	sessions := 0
+	for _, s := range services {
+		if err := s.bound.Inbound.Close(); err != nil {
+			errs = append(errs, err)
+		}
+		sessions += s.engine.Sessions()
+	}
+	if sessions > 0 && grace > 0 {
+		log.Info(fmt.Sprintf("stopping: %s, waiting up to %v", count(sessions, "session"), grace))
+	}
+	wait := time.NewTimer(grace)
+	defer wait.Stop()
+	done, aborting := ctx.Done(), false
+	for running > 0 {
+		select {
+		case err := <-ended:
+			if running--; err != nil {
+				errs = append(errs, err)
+			}
+			continue
+		case <-wait.C:
+		case <-signals:
+		case <-done:
+			done = nil
+		}
+		if aborting {
+			return errors.Join(append(errs, errors.New("sessions did not end although they were aborted"))...)
+		}
+		aborting = true
+		sessions = 0
+		for _, s := range services {
+			sessions += s.engine.Abort()
+		}
+		if sessions > 0 {
+			log.Warn("aborted " + count(sessions, "session"))
+		}
+		wait.Reset(abortWait)
+	}
+	return errors.Join(errs...)
+}
