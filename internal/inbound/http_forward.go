@@ -374,15 +374,11 @@ func (f *forwarding) abortIfTorn(w http.ResponseWriter) {
 	if e == nil {
 		return
 	}
-	if !f.conn.broken.Swap(true) {
+	if !f.conn.broken.Swap(true) { // so that its Close is a reset
 		http.NewResponseController(w).Flush()
 		drain(f.client.bare)
 	}
-	f.client.abort()
-	if e != http.ErrAbortHandler {
-		panic(e)
-	}
-	panic(http.ErrAbortHandler)
+	panic(e) // for net/http to close the conn
 }
 
 // copyBuffers is the pool of the buffers that contents are copied through.

@@ -138,6 +138,13 @@ func patternSum(n int64) string {
 func TestHTTPWithCurl(t *testing.T) {
 	addr, log := startHTTP(t, new(HTTP), hosts(nil))
 	o := origin(t)
+	t.Run("keep-alive", func(t *testing.T) {
+		got := viaHTTP(t, addr, "-w", "%{num_connects} ", "-o", "/dev/null", o.URL+"/1", "-o", "/dev/null", o.URL+"/2", "-o", "/dev/null", o.URL+"/3")
+		if got != "1 0 0 " {
+			t.Errorf("connects: %s, want one", got)
+		}
+		proxytest.Until(t, "one session is recorded", func() bool { return log.count("msg=session") == 1 })
+	})
 	t.Run("plain", func(t *testing.T) {
 		got := viaHTTP(t, addr, "-H", "Accept:", "-H", "User-Agent:", "-H", "X-Forwarded-For: me",
 			"-H", "Connection: X-Hop", "-H", "X-Hop: 1", "-H", "Keep-Alive: 5", o.URL+"/a%2fb;c/%7e?q=%zz;x&y#f")
@@ -145,14 +152,6 @@ func TestHTTPWithCurl(t *testing.T) {
 		if got != want {
 			t.Errorf("the origin got\n%swant\n%s", got, want)
 		}
-	})
-	t.Run("keep-alive", func(t *testing.T) {
-		before := log.count("msg=session")
-		got := viaHTTP(t, addr, "-w", "%{num_connects} ", "-o", "/dev/null", o.URL+"/1", "-o", "/dev/null", o.URL+"/2", "-o", "/dev/null", o.URL+"/3")
-		if got != "1 0 0 " {
-			t.Errorf("connects: %s, want one", got)
-		}
-		proxytest.Until(t, "one session is recorded", func() bool { return log.count("msg=session")-before == 1 })
 	})
 	t.Run("chunked upload", func(t *testing.T) {
 		proxytest.Need(t, "sh", "curl")
@@ -231,6 +230,23 @@ func TestHTTPWithCurl(t *testing.T) {
 		proxytest.Need(t, "python3")
 		proxytest.Start(t, at, "python3", "-m", "http.server", "-b", "127.0.0.1", "-d", dir, fmt.Sprint(port))
 		if out := viaHTTP(t, addr, "http://"+at+"/file", "http://"+at+"/file"); out != "hellohello" {
+			t.Errorf("curl got %s", out)
+		}
+	})
+	t.Run("haproxy", func(t *testing.T) {
+		at := fmt.Sprintf("127.0.0.1:%d", proxytest.FreePort(t))
+		file := filepath.Join(t.TempDir(), "haproxy.cfg")
+		os.WriteFile(file, fmt.Appendf(nil, `defaults
+	mode http
+	timeout client 5s
+frontend f
+	bind %s
+	http-request wait-for-body time 5s if METH_POST
+	http-request return status 200 content-type text/plain lf-string "%%HM %%[req.body_len] "
+`, at), 0o600)
+		proxytest.Need(t, "haproxy")
+		proxytest.Start(t, at, "haproxy", "-db", "-f", file)
+		if out := viaHTTP(t, addr, "http://"+at+"/", "-d", "data", "http://"+at+"/"); out != "POST 4 POST 4 " {
 			t.Errorf("curl got %s", out)
 		}
 	})
