@@ -26,7 +26,7 @@ func (l *socketListener) Accept() (net.Conn, error) {
 		err error
 	)
 	rerr := l.raw.Read(func(fd uintptr) bool {
-		nfd, sa, aerr := unix.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		nfd, sa, aerr := syscall.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
 		if aerr == unix.EAGAIN {
 			return false
 		}

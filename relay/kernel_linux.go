@@ -177,6 +177,7 @@ func (p *kpair) enter(sockets [2]*Socket) error {
 			sl.target, sl.side = p, Side(i)
 			p.sides[i].note(s.seen)
 			s.fd, s.loop, s.told = -1, nil, nil
+			s.given, s.side = p, Side(i)
 		}
 		l.post(p)
 		return nil

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,10 +26,12 @@ type Socket struct {
 	peer      netip.AddrPort
 	local     netip.AddrPort // zero: not asked for yet
 
-	loop *loop // where it is registered, as slot; nil: nowhere
-	slot uint32
-	seen uint32                       // events so far; the loop's lock guards it
-	told func(l *loop, events uint32) // on the loop's goroutine; nil: nobody is interested
+	loop  *loop // where it is registered, as slot; nil: nowhere
+	slot  uint32
+	seen  uint32                       // events so far; the loop's lock guards it
+	told  func(l *loop, events uint32) // on the loop's goroutine; nil: nobody is interested
+	given *kpair                       // the pair that has taken it
+	side  Side                         // as which
 }
 
 var _ net.Conn = (*Socket)(nil)
@@ -39,9 +42,12 @@ var _ Aborter = (*Socket)(nil)
 func (s *Socket) event(l *loop, _ Side, events uint32) {
 	l.mu.Lock()
 	s.seen |= events
-	told := s.told
+	told, p := s.told, s.given
 	l.mu.Unlock()
-	if told != nil {
+	switch {
+	case p != nil: // it was given away in this very turn, before its event had its turn
+		p.event(l, s.side, events)
+	case told != nil:
 		told(l, events)
 	}
 }
@@ -227,7 +233,7 @@ func (s *Socket) RemoteAddr() net.Addr { return s.addr(s.peer) }
 func (s *Socket) LocalAddr() net.Addr {
 	s.mu.Lock()
 	if s.tcp && !s.local.IsValid() && s.fd >= 0 {
-		if sa, err := unix.Getsockname(s.fd); err == nil {
+		if sa, err := syscall.Getsockname(s.fd); err == nil {
 			s.local = addrPortOf(sa)
 		}
 	}
@@ -242,11 +248,11 @@ func (s *Socket) addr(a netip.AddrPort) net.Addr {
 	return net.TCPAddrFromAddrPort(a)
 }
 
-func addrPortOf(sa unix.Sockaddr) netip.AddrPort {
+func addrPortOf(sa syscall.Sockaddr) netip.AddrPort {
 	switch t := sa.(type) {
-	case *unix.SockaddrInet4:
+	case *syscall.SockaddrInet4:
 		return netip.AddrPortFrom(netip.AddrFrom4(t.Addr), uint16(t.Port))
-	case *unix.SockaddrInet6:
+	case *syscall.SockaddrInet6:
 		ip := netip.AddrFrom16(t.Addr).Unmap()
 		if t.ZoneId != 0 && ip.Is6() {
 			if i, err := net.InterfaceByIndex(int(t.ZoneId)); err == nil {

@@ -6,6 +6,7 @@ package inbound
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -46,10 +47,12 @@ type Listener struct {
 
 // listening is what a Listener is once bound.
 type listening struct {
-	ln    net.Listener
-	log   *slog.Logger
-	slots chan struct{} // holds one for each session and for the accept that waits; nil: no limit
-	all   sync.WaitGroup
+	ln net.Listener
+	// silent: there is no handshake, so that conns need not be read, and are Sockets.
+	silent bool
+	log    *slog.Logger
+	slots  chan struct{} // holds one for each session and for the accept that waits; nil: no limit
+	all    sync.WaitGroup
 
 	// Of accept alone: when there was last no slot, and when accepting last failed.
 	full, failing episode
@@ -89,6 +92,18 @@ func (l *Listener) listenOn(ln net.Listener) {
 	if l.MaxConns > 0 {
 		l.s.slots = make(chan struct{}, l.MaxConns)
 	}
+}
+
+// silent says, after Listen, that the protocol has no handshake: its conns are neither read nor written before
+// they are given away, and can be Sockets.
+func (l *Listener) silent() error {
+	ln, err := relay.SocketListener(l.s.ln)
+	if err != nil {
+		l.s.close()
+		return fmt.Errorf("inbound: listen at %v: %w", l.Addr, err)
+	}
+	l.s.ln, l.s.silent = ln, true
+	return nil
 }
 
 // BoundAddr returns the address that Listen has bound: for port 0, the one the kernel chose.
@@ -268,6 +283,9 @@ func (l *Listener) admit(conn net.Conn) *client {
 		l.s.log.Info("client refused by allow/deny", "client", c.peer)
 		relay.Abort(conn)
 		return nil
+	}
+	if l.s.silent {
+		return c
 	}
 	timeout := l.HandshakeTimeout
 	if timeout == 0 {

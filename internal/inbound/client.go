@@ -57,6 +57,9 @@ func (c *client) flow(dst proxy.Addr, user string) proxy.Flow {
 // it alone. It fails where the listener was closed before; then the client is to fail.
 func (c *client) handshook() error {
 	s := c.l.s
+	if s.silent {
+		return nil
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.shaking == nil {
@@ -80,9 +83,11 @@ func (c *client) Done() {
 		return // a panic came between
 	}
 	s := c.l.s
-	s.mu.Lock()
-	delete(s.shaking, c)
-	s.mu.Unlock()
+	if !s.silent {
+		s.mu.Lock()
+		delete(s.shaking, c)
+		s.mu.Unlock()
+	}
 	s.release()
 	s.all.Done()
 }

@@ -34,7 +34,10 @@ func (f *Forward) Listen(ctx context.Context) error {
 	if f.SendProxy < 0 || f.SendProxy > 2 {
 		return fmt.Errorf("inbound: forward: there is no version %d of the PROXY header (1 or 2)", f.SendProxy)
 	}
-	return f.Listener.Listen(ctx)
+	if err := f.Listener.Listen(ctx); err != nil || f.AcceptProxy {
+		return err
+	}
+	return f.silent()
 }
 
 // Serve implements proxy.Inbound.

@@ -17,6 +17,7 @@ import (
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/sockopt"
+	"github.com/sluice-proxy/sluice/relay"
 )
 
 // Direct connects to destinations itself. The zero value is ready to use. Names are resolved here, and where one
@@ -29,7 +30,10 @@ type Direct struct {
 	Resolver  *net.Resolver // nil: the system's
 }
 
-var _ proxy.Dialer = (*Direct)(nil)
+var (
+	_ proxy.Dialer  = (*Direct)(nil)
+	_ proxy.Starter = (*Direct)(nil)
+)
 
 // DialStream implements proxy.Dialer. It returns a *net.TCPConn or a *net.UnixConn.
 func (d *Direct) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, error) {
@@ -53,6 +57,23 @@ func (d *Direct) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, erro
 		return nil, d.explain(err)
 	}
 	return c, nil
+}
+
+// StartDial implements proxy.Starter, for IP addresses and the kernel's choice of the way.
+func (d *Direct) StartDial(client net.Conn, dst proxy.Addr, timeout time.Duration, done func(net.Conn, error)) (cancel func(error), handled bool) {
+	if dst.Network != "tcp" || !dst.IP().IsValid() || d.BindAddr.IsValid() || d.Interface != "" || d.Mark != 0 {
+		return nil, false
+	}
+	if d.Timeout > 0 && (timeout == 0 || d.Timeout < timeout) {
+		timeout = d.Timeout
+	}
+	return relay.DialSocket(client, netip.AddrPortFrom(dst.IP(), dst.Port), timeout, func(s *relay.Socket, err error) {
+		if err != nil {
+			done(nil, d.explain(err))
+			return
+		}
+		done(s, nil)
+	})
 }
 
 func (d *Direct) control() sockopt.Control {

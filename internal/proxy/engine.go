@@ -27,12 +27,14 @@ type Engine struct {
 
 	mu       sync.Mutex
 	sessions map[*session]struct{}
+	contexts map[context.Context]*watch
 	stopped  bool
 }
 
 // session is one stream from its request to its record.
 type session struct {
 	engine   *Engine
+	ctx      context.Context // only to know the session by when it is cancelled
 	flow     Flow
 	pending  Pending
 	outbound string
@@ -40,30 +42,44 @@ type session struct {
 	stats    relay.Stats
 
 	// guarded by Engine.mu
-	cancel context.CancelCauseFunc // while it dials
-	pair   *relay.Pair             // while it relays
+	cancel func(cause error) // while it dials
+	pair   *relay.Pair       // while it relays
+}
+
+// watch aborts the sessions of one context when that is cancelled. Most sessions of an inbound share one.
+type watch struct {
+	sessions int
+	stop     func() bool
 }
 
 // HandleStream routes f, dials, answers p with the outcome, and relays. It returns when the dial
-// failed or the relay has begun.
+// failed or the relay has begun, or, with a [Starter], when the dial has begun.
 func (e *Engine) HandleStream(ctx context.Context, f Flow, p Pending) {
-	s := &session{engine: e, flow: f, pending: p, start: time.Now()}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	if err := e.begin(s, cancel); err != nil {
+	s := &session{engine: e, ctx: ctx, flow: f, pending: p, start: time.Now()}
+	if err := e.begin(s); err != nil {
 		p.Reject(err)
 		s.failed(err)
 		return
 	}
 	name, dialer := e.Router.Route(f)
 	s.outbound = name
-	origin, err := s.dial(ctx, dialer)
+	if s.startDial(dialer) {
+		return
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s.cancelBy(cancel)
+	s.dialed(s.dial(ctx, dialer))
+}
+
+// dialed answers the client with the dial's outcome and begins to relay.
+func (s *session) dialed(origin net.Conn, err error) {
 	if err != nil {
-		p.Reject(err)
+		s.pending.Reject(err)
 		s.failed(err)
 		return
 	}
-	client, head, err := p.Accept()
+	client, head, err := s.pending.Accept()
 	if err != nil {
 		relay.Abort(origin)
 		s.failed(err)
@@ -72,14 +88,49 @@ func (e *Engine) HandleStream(ctx context.Context, f Flow, p Pending) {
 	s.join(client, head, origin)
 }
 
+// startDial dials without a goroutine where that can be done.
+func (s *session) startDial(d Dialer) bool {
+	starter, ok := d.(Starter)
+	if !ok {
+		return false
+	}
+	w, ok := s.pending.(Watched)
+	if !ok {
+		return false
+	}
+	cancel, handled := starter.StartDial(w.Conn(), s.flow.Dst, s.engine.dialTimeout(), s.dialed)
+	if handled {
+		s.cancelBy(cancel)
+	}
+	return handled
+}
+
+// cancelBy says how the dial is cancelled. The dial may be over by now.
+func (s *session) cancelBy(cancel func(error)) {
+	e := s.engine
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if s.pair == nil {
+		s.cancel = cancel
+	}
+	if e.stopped {
+		cancel(ErrStopped)
+	} else if s.ctx.Err() != nil {
+		cancel(context.Cause(s.ctx))
+	}
+}
+
+func (e *Engine) dialTimeout() time.Duration {
+	if e.DialTimeout == 0 {
+		return DefaultDialTimeout
+	}
+	return e.DialTimeout
+}
+
 // dial opens the way to the origin. It is given up when the client resets its conn: nobody waits
 // for the answer any more. A client that has only ended its own bytes does wait.
 func (s *session) dial(ctx context.Context, d Dialer) (net.Conn, error) {
-	timeout := s.engine.DialTimeout
-	if timeout == 0 {
-		timeout = DefaultDialTimeout
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, context.DeadlineExceeded)
+	ctx, cancel := context.WithTimeoutCause(ctx, s.engine.dialTimeout(), context.DeadlineExceeded)
 	defer cancel()
 	if w, ok := s.pending.(Watched); ok {
 		var stop context.CancelFunc
@@ -100,7 +151,7 @@ func (e *canceledError) Error() string        { return "proxy: dial given up: " 
 func (e *canceledError) Is(target error) bool { return target == context.Canceled }
 
 // begin enters s among the sessions.
-func (e *Engine) begin(s *session, cancel context.CancelCauseFunc) error {
+func (e *Engine) begin(s *session) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.stopped {
@@ -108,22 +159,70 @@ func (e *Engine) begin(s *session, cancel context.CancelCauseFunc) error {
 	}
 	if e.sessions == nil {
 		e.sessions = make(map[*session]struct{})
+		e.contexts = make(map[context.Context]*watch)
 	}
 	e.sessions[s] = struct{}{}
-	s.cancel = cancel
+	if s.ctx.Done() == nil {
+		return nil
+	}
+	w := e.contexts[s.ctx]
+	if w == nil {
+		w = &watch{stop: context.AfterFunc(s.ctx, func() { e.abortOf(s.ctx) })}
+		e.contexts[s.ctx] = w
+	}
+	w.sessions++
 	return nil
 }
 
-// join relays. The lock is held while the pair starts, so that Abort sees either the dial or the pair.
+// end takes s out.
+func (s *session) end() {
+	e := s.engine
+	e.mu.Lock()
+	if _, ok := e.sessions[s]; ok {
+		delete(e.sessions, s)
+		if w := e.contexts[s.ctx]; w != nil {
+			if w.sessions--; w.sessions == 0 {
+				w.stop()
+				delete(e.contexts, s.ctx)
+			}
+		}
+	}
+	e.mu.Unlock()
+	s.pending.Done()
+}
+
+// join relays. The lock is held while the pair starts, so that an abort finds either the dial or the pair.
 func (s *session) join(client net.Conn, head []byte, origin net.Conn) {
 	e := s.engine
 	e.mu.Lock()
+	defer e.mu.Unlock()
 	s.cancel = nil
 	s.pair = e.Relay.Start(relay.WithHead(client, head), origin, &s.stats, s.relayed)
 	if e.stopped {
 		s.pair.Abort(ErrStopped)
+	} else if s.ctx.Err() != nil {
+		s.pair.Abort(context.Cause(s.ctx))
 	}
-	e.mu.Unlock()
+}
+
+// abort ends the session. The engine's lock is held.
+func (s *session) abort(cause error) {
+	if s.pair != nil {
+		s.pair.Abort(cause)
+	} else if s.cancel != nil {
+		s.cancel(cause)
+	}
+}
+
+// abortOf ends the sessions of a context.
+func (e *Engine) abortOf(ctx context.Context) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for s := range e.sessions {
+		if s.ctx == ctx {
+			s.abort(context.Cause(ctx))
+		}
+	}
 }
 
 // Abort ends all sessions, refuses new ones from now on, and returns how many it ended.
@@ -133,11 +232,7 @@ func (e *Engine) Abort() int {
 	defer e.mu.Unlock()
 	e.stopped = true
 	for s := range e.sessions {
-		if s.pair != nil {
-			s.pair.Abort(ErrStopped)
-		} else if s.cancel != nil {
-			s.cancel(ErrStopped)
-		}
+		s.abort(ErrStopped)
 	}
 	return len(e.sessions)
 }
@@ -147,13 +242,6 @@ func (e *Engine) Sessions() int {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return len(e.sessions)
-}
-
-func (s *session) end() {
-	s.engine.mu.Lock()
-	delete(s.engine.sessions, s)
-	s.engine.mu.Unlock()
-	s.pending.Done()
 }
 
 // failed records a session that did not come to relaying.

@@ -13,6 +13,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"time"
 )
 
 // Flow says who wants to go where. It is set by the inbound and not changed afterwards.
@@ -48,8 +49,7 @@ type Watched interface {
 // Handler takes sessions over from inbounds.
 type Handler interface {
 	// HandleStream answers p and carries the session. It may return while the session goes on:
-	// the session is over when it calls p.Done. Cancelling ctx gives the dial up; a session that
-	// relays is the handler's to end.
+	// the session is over when it calls p.Done. Cancelling ctx aborts the session.
 	HandleStream(ctx context.Context, f Flow, p Pending)
 }
 
@@ -58,7 +58,7 @@ type Inbound interface {
 	// Listen binds. All that can be wrong with the settings is said here, before traffic flows.
 	Listen(ctx context.Context) error
 	// Serve takes clients until Close and returns after its last session is done.
-	// Cancelling ctx closes the inbound, and ends what has not been accepted by then.
+	// Cancelling ctx closes the inbound and aborts its sessions.
 	Serve(ctx context.Context, h Handler) error
 	// Close stops accepting; clients that have not finished their handshake are closed,
 	// sessions go on. It may be called twice, and before Serve.
@@ -71,6 +71,14 @@ type Dialer interface {
 	// after its handshake, with what was read too much put back by [relay.WithHead].
 	// The caller closes the conn. The error says the reason in a form that [ReasonOf] knows.
 	DialStream(ctx context.Context, dst Addr) (net.Conn, error)
+}
+
+// Starter is a Dialer that can also dial without a goroutine, for clients that are a [relay.Socket].
+type Starter interface {
+	// StartDial begins to dial dst for client, whose reset cancels it. done is called once with the
+	// outcome, at any time, also before StartDial returns, and must not block. The timeout is that of
+	// the dial, 0 for none. cancel gives the dial up. Where handled is false nothing was done: DialStream is the way.
+	StartDial(client net.Conn, dst Addr, timeout time.Duration, done func(net.Conn, error)) (cancel func(error), handled bool)
 }
 
 // Router chooses the way out for a flow. It does no I/O.
