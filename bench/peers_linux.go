@@ -55,7 +55,7 @@ func allPeers(k *kit) []peer {
 		{name: "pooled", about: "Go, copy through pooled 32 KiB, no splice", start: baseline("pooled")},
 		{name: "closeboth", about: "Go, copy through pooled 16 KiB, first end closes both", start: baseline("closeboth")},
 		{name: "sluice-lib", about: "relay.Join behind net.Listener and net.Dial", start: baseline("relay")},
-		{name: "sluice", about: "sluice forward", start: sluice},
+		{name: "sluice", about: "sluice forward --log-level warn (none of the relays logs its sessions)", start: sluice},
 	}
 }
 
@@ -99,7 +99,7 @@ func baseline(kind string) func(*kit, string, string, string) ([]*process, error
 }
 
 func sluice(k *kit, _, listen, origin string) ([]*process, error) {
-	return run1(k.sluice, "forward", listen, origin)
+	return run1(k.sluice, "forward", listen, origin, "--log-level", "warn")
 }
 
 func socat(_ *kit, _, listen, origin string) ([]*process, error) {

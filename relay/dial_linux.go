@@ -2,10 +2,12 @@ package relay
 
 import (
 	"context"
+	"encoding/binary"
 	"net"
 	"net/netip"
 	"os"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -57,17 +59,25 @@ type dialing struct {
 
 // connectSocket begins to connect.
 func connectSocket(to netip.AddrPort) (*Socket, error) {
-	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()})
+	var (
+		sa   unsafe.Pointer
+		size uintptr
+	)
+	port := binary.NativeEndian.Uint16([]byte{byte(to.Port() >> 8), byte(to.Port())}) // in the network's order
+	family := unix.AF_INET6
 	if ip := to.Addr().Unmap(); ip.Is4() {
-		family, sa = unix.AF_INET, &unix.SockaddrInet4{Port: int(to.Port()), Addr: ip.As4()}
+		family = unix.AF_INET
+		sa, size = unsafe.Pointer(&unix.RawSockaddrInet4{Family: unix.AF_INET, Port: port, Addr: ip.As4()}), unix.SizeofSockaddrInet4
+	} else {
+		sa, size = unsafe.Pointer(&unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: port, Addr: ip.As16()}), unix.SizeofSockaddrInet6
 	}
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
-	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	if err := unix.Connect(fd, sa); err != nil && err != unix.EINPROGRESS && err != unix.EINTR {
-		unix.Close(fd)
+	rawNoDelay(fd)
+	if err := rawConnect(fd, sa, size); err != nil && err != unix.EINPROGRESS && err != unix.EINTR {
+		rawClose(fd)
 		return nil, os.NewSyscallError("connect", err)
 	}
 	return &Socket{fd: fd, tcp: true, keepalive: true, peer: to}, nil

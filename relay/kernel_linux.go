@@ -5,7 +5,6 @@ import (
 	"net"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -134,7 +133,7 @@ func asSocket(c io.ReadWriteCloser) *Socket {
 		return nil
 	}
 	if tcp {
-		unix.SetsockoptInt(s.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+		rawNoDelay(s.fd)
 	}
 	return s
 }
@@ -454,7 +453,7 @@ func (p *kpair) do(l *loop, act action) {
 	}
 	for s := A; s <= B; s++ {
 		if act.has(endA, s) {
-			if err := unix.Shutdown(int(p.sides[s].fd), unix.SHUT_WR); err != nil {
+			if err := rawShutdown(int(p.sides[s].fd)); err != nil {
 				p.do(l, p.m.connErr(s, err))
 				return
 			}
@@ -490,9 +489,10 @@ func (p *kpair) end(l *loop, act action) {
 		p.ways[s].release(l)
 		fd := int(p.sides[s].fd)
 		if act.has(abortA, s) {
-			unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+			rawAbort(fd)
+		} else {
+			rawClose(fd)
 		}
-		unix.Close(fd)
 	}
 	l.timers.remove(p)
 	p.gone = true
@@ -566,21 +566,4 @@ func (p *kpair) settle(l *loop) {
 	if l.now-p.last >= int64(settle) {
 		p.do(l, p.m.expired())
 	}
-}
-
-func rawRead(fd int, b []byte) (int, error) {
-	n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
-}
-
-// rawWrite writes without raising SIGPIPE.
-func rawWrite(fd int, b []byte) (int, error) {
-	n, _, errno := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), unix.MSG_NOSIGNAL, 0, 0)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
 }

@@ -160,7 +160,7 @@ func (l *loop) register(fd int, events uint32, t target, s Side) (index uint32, 
 	sl := &l.slots[index]
 	sl.target, sl.side = t, s
 	ev := unix.EpollEvent{Events: events, Fd: int32(index), Pad: int32(sl.gen)}
-	if err := unix.EpollCtl(l.epfd, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
+	if err := rawEpollAdd(l.epfd, fd, &ev); err != nil {
 		l.unregister(index)
 		return 0, err
 	}

@@ -68,8 +68,8 @@ func (ps *pipes) closeAll() {
 }
 
 func (p *pipe) close() {
-	unix.Close(p.r)
-	unix.Close(p.w)
+	rawClose(p.r)
+	rawClose(p.w)
 }
 
 // fill moves bytes from a socket into the pipe, which is empty.
@@ -84,13 +84,4 @@ func (p *pipe) drain(fd int) (int, error) {
 	n, err := rawSplice(p.r, fd, p.n)
 	p.n -= n
 	return n, err
-}
-
-func rawSplice(from, to, n int) (int, error) {
-	r, _, errno := unix.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n),
-		unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(r), nil
 }

@@ -205,12 +205,13 @@ func (s *Socket) close(abort bool) error {
 		return net.ErrClosed
 	}
 	s.leave()
-	if abort && s.tcp {
-		unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	if abort {
+		rawAbort(s.fd)
+	} else {
+		rawClose(s.fd)
 	}
-	err := unix.Close(s.fd)
 	s.fd = -1
-	return err
+	return nil
 }
 
 // CloseWrite half-closes the socket.
@@ -223,7 +224,7 @@ func (s *Socket) CloseWrite() error {
 	case s.fd < 0:
 		return net.ErrClosed
 	}
-	return unix.Shutdown(s.fd, unix.SHUT_WR)
+	return rawShutdown(s.fd)
 }
 
 // RemoteAddr returns the peer's address: a *net.TCPAddr, or a *net.UnixAddr without a name.

@@ -29,6 +29,10 @@ type Engine struct {
 	sessions map[*session]struct{}
 	contexts map[context.Context]*watch
 	stopped  bool
+
+	records   []record // to be logged
+	lost      int      // how many were not kept since the last was logged
+	recording bool     // writeRecords runs
 }
 
 // session is one stream from its request to its record.
@@ -244,29 +248,106 @@ func (e *Engine) Sessions() int {
 	return len(e.sessions)
 }
 
-// failed records a session that did not come to relaying.
-func (s *session) failed(err error) {
-	if log, level, ok := s.logger(ReasonOf(err)); ok {
-		log.LogAttrs(context.Background(), level, "session failed", append(s.attrs(ReasonOf(err)), slog.Any("err", err))...)
-	}
-	s.end()
+// failed ends a session that did not come to relaying.
+func (s *session) failed(err error) { s.conclude(record{session: s, err: err}) }
+
+// relayed ends a session that was relayed. It runs on a goroutine that serves many, and does not block.
+func (s *session) relayed(res relay.Result) {
+	s.conclude(record{session: s, err: res.Err(), result: &res})
 }
 
-// relayed records a session that was relayed.
-func (s *session) relayed(res relay.Result) {
-	err := res.Err()
-	reason := ReasonOf(err)
-	if log, level, ok := s.logger(reason); ok {
-		attrs := append(s.attrs(reason),
-			slog.Int64("up", res.AToB.Bytes), slog.Int64("down", res.BToA.Bytes),
-			slog.String("first", sideName(res.First)),
-		)
-		if err != nil {
-			attrs = append(attrs, slog.Any("err", err))
-		}
-		log.LogAttrs(context.Background(), level, "session", attrs...)
+// record is what is logged of a session.
+type record struct {
+	session *session
+	err     error
+	result  *relay.Result // nil if it did not come to relaying
+	took    time.Duration
+}
+
+// recordsMax bounds the records that wait for a log that does not take them; more are counted, not kept.
+const recordsMax = 10000
+
+// conclude has the session logged, where that is wanted, and ended. A log may block, and the caller must not: records
+// are written by a goroutine of their own, which is there while there are any.
+func (s *session) conclude(r record) {
+	e := s.engine
+	if e.Log == nil || !e.Log.Enabled(context.Background(), r.level()) {
+		s.end()
+		return
 	}
-	s.end()
+	r.took = time.Since(s.start)
+	e.mu.Lock()
+	lost := len(e.records) >= recordsMax
+	if lost {
+		e.lost++
+	} else {
+		e.records = append(e.records, r)
+	}
+	if !e.recording {
+		e.recording = true
+		go e.writeRecords()
+	}
+	e.mu.Unlock()
+	if lost {
+		s.end()
+	}
+}
+
+// writeRecords logs and ends the sessions that were concluded, until there are none.
+func (e *Engine) writeRecords() {
+	for {
+		e.mu.Lock()
+		records, lost := e.records, e.lost
+		e.records, e.lost = nil, 0
+		e.recording = len(records) > 0 || lost > 0
+		e.mu.Unlock()
+		if len(records) == 0 && lost == 0 {
+			return
+		}
+		if lost > 0 {
+			e.Log.Warn("sessions were not logged: the log did not keep up", "sessions", lost)
+		}
+		for _, r := range records {
+			r.log(e.Log)
+			r.session.end()
+		}
+	}
+}
+
+func (r *record) level() slog.Level {
+	switch ReasonOf(r.err) {
+	case Done, Canceled, Idle, HalfOpen, Reset:
+		return slog.LevelInfo
+	}
+	return slog.LevelWarn
+}
+
+func (r *record) log(log *slog.Logger) {
+	f := r.session.flow
+	attrs := make([]slog.Attr, 0, 12)
+	attrs = append(attrs, slog.String("inbound", f.Inbound))
+	if f.Client.IsValid() {
+		attrs = append(attrs, slog.String("client", f.Client.String()))
+	}
+	if f.User != "" {
+		attrs = append(attrs, slog.String("user", f.User))
+	}
+	attrs = append(attrs,
+		slog.String("dst", f.Dst.String()),
+		slog.String("via", r.session.outbound),
+		slog.String("reason", ReasonOf(r.err).String()),
+		slog.Duration("took", r.took.Round(time.Microsecond)),
+	)
+	message := "session failed"
+	if res := r.result; res != nil {
+		message = "session"
+		attrs = append(attrs, slog.Int64("up", res.AToB.Bytes), slog.Int64("down", res.BToA.Bytes),
+			slog.String("first", sideName(res.First)))
+	}
+	if r.err != nil {
+		attrs = append(attrs, slog.Any("err", r.err))
+	}
+	log.LogAttrs(context.Background(), r.level(), message, attrs...)
 }
 
 // sideName names a relay's side by its part in a session.
@@ -278,32 +359,4 @@ func sideName(s relay.Side) string {
 		return "origin"
 	}
 	return "none"
-}
-
-func (s *session) logger(r Reason) (log *slog.Logger, level slog.Level, ok bool) {
-	log = s.engine.Log
-	switch r {
-	case Done, Canceled, Idle, HalfOpen, Reset:
-		level = slog.LevelInfo
-	default:
-		level = slog.LevelWarn
-	}
-	return log, level, log != nil && log.Enabled(context.Background(), level)
-}
-
-func (s *session) attrs(r Reason) []slog.Attr {
-	attrs := make([]slog.Attr, 0, 12)
-	attrs = append(attrs, slog.String("inbound", s.flow.Inbound))
-	if s.flow.Client.IsValid() {
-		attrs = append(attrs, slog.Any("client", s.flow.Client))
-	}
-	if s.flow.User != "" {
-		attrs = append(attrs, slog.String("user", s.flow.User))
-	}
-	return append(attrs,
-		slog.String("dst", s.flow.Dst.String()),
-		slog.String("via", s.outbound),
-		slog.String("reason", r.String()),
-		slog.Duration("took", time.Since(s.start).Round(time.Microsecond)),
-	)
 }
