@@ -20,6 +20,23 @@ func DialSocket(client net.Conn, to netip.AddrPort, timeout time.Duration, done 
 	return nil, false
 }
 
+// Acceptor accepts Sockets. Here there are none.
+type Acceptor struct{}
+
+// AcceptSockets handles no listener here.
+func AcceptSockets(ln net.Listener, take func(*Socket), fail func(error)) (a *Acceptor, handled bool) {
+	return nil, false
+}
+
+// Pause does nothing.
+func (a *Acceptor) Pause() {}
+
+// Resume does nothing.
+func (a *Acceptor) Resume() {}
+
+// Close does nothing.
+func (a *Acceptor) Close() {}
+
 func (s *Socket) below() below { return below{} }
 
 func ordinary(c io.ReadWriteCloser) io.ReadWriteCloser { return c }

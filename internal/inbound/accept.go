@@ -51,7 +51,7 @@ type listening struct {
 	// silent: there is no handshake, so that conns need not be read, and are Sockets.
 	silent bool
 	log    *slog.Logger
-	slots  chan struct{} // holds one for each session and for the accept that waits; nil: no limit
+	slots  slots
 	all    sync.WaitGroup
 
 	// Of accept alone: when there was last no slot, and when accepting last failed.
@@ -89,9 +89,8 @@ func (l *Listener) listenOn(ln net.Listener) {
 		closed:  make(chan struct{}),
 		shaking: make(map[*client]struct{}),
 	}
-	if l.MaxConns > 0 {
-		l.s.slots = make(chan struct{}, l.MaxConns)
-	}
+	l.s.slots.max = l.MaxConns
+	l.s.slots.freed = make(chan struct{}, 1)
 }
 
 // silent says, after Listen, that the protocol has no handshake: its conns are neither read nor written before
@@ -251,28 +250,64 @@ func acceptHint(err error) string {
 
 // acquire takes a slot, waiting for one at the limit; false once the listener is closed.
 func (s *listening) acquire() bool {
-	if s.slots == nil {
-		return true
+	for !s.slots.take() {
+		s.sayFull()
+		select {
+		case <-s.slots.freed:
+		case <-s.closed:
+			return false
+		}
 	}
-	select {
-	case s.slots <- struct{}{}:
-		return true
-	default:
-	}
+	return true
+}
+
+func (s *listening) sayFull() {
 	if s.full.begins() {
-		s.log.Warn("accepting paused: as many sessions as max_conns allows", "max_conns", cap(s.slots))
-	}
-	select {
-	case s.slots <- struct{}{}:
-		return true
-	case <-s.closed:
-		return false
+		s.log.Warn("accepting paused: as many sessions as max_conns allows", "max_conns", s.slots.max)
 	}
 }
 
-func (s *listening) release() {
-	if s.slots != nil {
-		<-s.slots
+func (s *listening) release() { s.slots.release() }
+
+// slots counts sessions, up to a limit. Only one goroutine takes them.
+type slots struct {
+	max   int           // 0: no limit
+	freed chan struct{} // gets a value when there is a slot again after there was none
+
+	mu     sync.Mutex
+	used   int
+	resume func() // called when there is a slot again after there was none; may be nil
+}
+
+func (s *slots) take() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.max > 0 && s.used >= s.max {
+		return false
+	}
+	s.used++
+	return true
+}
+
+func (s *slots) full() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.max > 0 && s.used >= s.max
+}
+
+func (s *slots) release() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.used--
+	if s.max == 0 || s.used != s.max-1 {
+		return
+	}
+	select {
+	case s.freed <- struct{}{}:
+	default:
+	}
+	if s.resume != nil {
+		s.resume()
 	}
 }
 
@@ -323,13 +358,7 @@ func (l *Listener) allows(ip netip.Addr) bool {
 // run carries one client through its handshake. A panic there costs this client only.
 func (l *Listener) run(ctx context.Context, c *client, handle func(context.Context, *client)) {
 	defer l.s.all.Done()
-	defer func() {
-		if p := recover(); p != nil {
-			l.s.log.Error("panic while serving a client", "client", c.peer, "panic", p, "stack", string(debug.Stack()))
-			c.abort()
-			c.Done()
-		}
-	}()
+	defer func() { l.recovered(c, recover()) }()
 	if l.AcceptProxy {
 		if err := c.readProxyHeader(); err != nil {
 			c.fail(err)
@@ -337,4 +366,15 @@ func (l *Listener) run(ctx context.Context, c *client, handle func(context.Conte
 		}
 	}
 	handle(ctx, c)
+}
+
+// recovered ends a client whose handler has panicked with p, if that is not nil.
+func (l *Listener) recovered(c *client, p any) bool {
+	if p == nil {
+		return false
+	}
+	l.s.log.Error("panic while serving a client", "client", c.peer, "panic", p, "stack", string(debug.Stack()))
+	c.abort()
+	c.Done()
+	return true
 }

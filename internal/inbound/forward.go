@@ -42,7 +42,16 @@ func (f *Forward) Listen(ctx context.Context) error {
 
 // Serve implements proxy.Inbound.
 func (f *Forward) Serve(ctx context.Context, h proxy.Handler) error {
-	return f.serve(ctx, func(ctx context.Context, c *client) { f.serveClient(ctx, h, c) })
+	handle := func(ctx context.Context, c *client) { f.serveClient(ctx, h, c) }
+	if q, ok := h.(proxy.NowHandler); ok {
+		now := func(ctx context.Context, c *client) bool {
+			return q.HandleStreamNow(ctx, c.flow(f.To, ""), f.pending(c))
+		}
+		if f.serveSockets(ctx, handle, now) {
+			return nil
+		}
+	}
+	return f.serve(ctx, handle)
 }
 
 func (f *Forward) serveClient(ctx context.Context, h proxy.Handler, c *client) {
@@ -50,8 +59,10 @@ func (f *Forward) serveClient(ctx context.Context, h proxy.Handler, c *client) {
 		c.fail(err)
 		return
 	}
-	h.HandleStream(ctx, c.flow(f.To, ""), &forwardPending{c, f.SendProxy})
+	h.HandleStream(ctx, c.flow(f.To, ""), f.pending(c))
 }
+
+func (f *Forward) pending(c *client) *forwardPending { return &forwardPending{c, f.SendProxy} }
 
 type forwardPending struct {
 	*client

@@ -56,17 +56,18 @@ type watch struct {
 	stop     func() bool
 }
 
+var _ NowHandler = (*Engine)(nil)
+
 // HandleStream routes f, dials, answers p with the outcome, and relays. It returns when the dial
 // failed or the relay has begun, or, with a [Starter], when the dial has begun.
 func (e *Engine) HandleStream(ctx context.Context, f Flow, p Pending) {
 	s := &session{engine: e, ctx: ctx, flow: f, pending: p, start: time.Now()}
-	if err := e.begin(s); err != nil {
-		p.Reject(err)
-		s.failed(err)
-		return
-	}
 	name, dialer := e.Router.Route(f)
 	s.outbound = name
+	if err := e.begin(s); err != nil {
+		s.dialed(nil, err)
+		return
+	}
 	if s.startDial(dialer) {
 		return
 	}
@@ -74,6 +75,24 @@ func (e *Engine) HandleStream(ctx context.Context, f Flow, p Pending) {
 	defer cancel(nil)
 	s.cancelBy(cancel)
 	s.dialed(s.dial(ctx, dialer))
+}
+
+// HandleStreamNow implements NowHandler: it takes what a [Starter] dials without a goroutine.
+func (e *Engine) HandleStreamNow(ctx context.Context, f Flow, p Pending) bool {
+	name, dialer := e.Router.Route(f)
+	if _, ok := dialer.(Starter); !ok {
+		return false
+	}
+	s := &session{engine: e, ctx: ctx, flow: f, pending: p, start: time.Now(), outbound: name}
+	if err := e.begin(s); err != nil {
+		s.dialed(nil, err)
+		return true
+	}
+	if s.startDial(dialer) {
+		return true
+	}
+	e.remove(s)
+	return false
 }
 
 // dialed answers the client with the dial's outcome and begins to relay.
@@ -178,10 +197,16 @@ func (e *Engine) begin(s *session) error {
 	return nil
 }
 
-// end takes s out.
+// end takes s out and is done.
 func (s *session) end() {
-	e := s.engine
+	s.engine.remove(s)
+	s.pending.Done()
+}
+
+// remove takes s out of the sessions.
+func (e *Engine) remove(s *session) {
 	e.mu.Lock()
+	defer e.mu.Unlock()
 	if _, ok := e.sessions[s]; ok {
 		delete(e.sessions, s)
 		if w := e.contexts[s.ctx]; w != nil {
@@ -191,8 +216,6 @@ func (s *session) end() {
 			}
 		}
 	}
-	e.mu.Unlock()
-	s.pending.Done()
 }
 
 // join relays. The lock is held while the pair starts, so that an abort finds either the dial or the pair.

@@ -53,6 +53,14 @@ type Handler interface {
 	HandleStream(ctx context.Context, f Flow, p Pending)
 }
 
+// NowHandler is a Handler that can begin some sessions without blocking.
+type NowHandler interface {
+	Handler
+	// HandleStreamNow is HandleStream for a p whose methods do not block, called from a goroutine that must not
+	// block either. Where it would have to, it does nothing and returns false.
+	HandleStreamNow(ctx context.Context, f Flow, p Pending) bool
+}
+
 // Inbound takes clients in.
 type Inbound interface {
 	// Listen binds. All that can be wrong with the settings is said here, before traffic flows.
