@@ -27,7 +27,7 @@ func (l *socketListener) Accept() (net.Conn, error) {
 		err error
 	)
 	rerr := l.raw.Read(func(fd uintptr) bool {
-		s, err = l.accept(int(fd))
+		s, err = l.acceptFrom(int(fd))
 		return err != syscall.EAGAIN
 	})
 	switch {
@@ -39,8 +39,8 @@ func (l *socketListener) Accept() (net.Conn, error) {
 	return s, nil
 }
 
-// accept accepts a client that waits. Its error is an errno.
-func (l *socketListener) accept(fd int) (*Socket, error) {
+// acceptFrom accepts a client that waits. Its error is an errno.
+func (l *socketListener) acceptFrom(fd int) (*Socket, error) {
 	nfd, sa, err := syscall.Accept4(fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
 	if err != nil {
 		return nil, err
@@ -92,8 +92,8 @@ func SocketListener(ln net.Listener) (net.Listener, error) {
 }
 
 // AcceptSockets has the relay's loop accept the clients of ln, which SocketListener has made, so that neither
-// accepting nor the wait for it takes a goroutine. take is called with each client, and fail with
-// each error of accept; both are called one after the other, from a goroutine of the relay's, and must not block. After an
+// accepting nor the wait for it takes a goroutine. take is called with each client, and fail with each error of
+// accept, from goroutines of the relay's, also at the same time; they must not block. After an
 // error accepting pauses until Resume is called; it also begins only then. Where handled is false, which it is for any
 // other listener, nothing was done.
 func AcceptSockets(ln net.Listener, take func(*Socket), fail func(error)) (a *Acceptor, handled bool) {
@@ -101,49 +101,66 @@ func AcceptSockets(ln net.Listener, take func(*Socket), fail func(error)) (a *Ac
 	if !ok {
 		return nil, false
 	}
-	a = &Acceptor{ln: l, take: take, fail: fail, paused: true}
-	err := l.raw.Control(func(fd uintptr) {
-		a.fd = int(fd)
-		handled = withLoop(nil, func(lo *loop) (err error) {
-			a.loop = lo
-			a.slot, err = lo.register(a.fd, 0, a, A)
-			return err
-		}) == nil
+	a = &Acceptor{ln: l, take: take, fail: fail, paused: true, fd: -1}
+	l.raw.Control(func(fd uintptr) {
+		if n, err := unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err == nil {
+			a.fd = n
+		}
 	})
-	return a, handled && err == nil
+	if a.fd < 0 {
+		return nil, false
+	}
+	if err := allLoops(a.join); err != nil {
+		a.Close()
+		return nil, false
+	}
+	return a, true
 }
 
-// Acceptor accepts Sockets. Its methods may be called from any goroutine, and from take and fail.
+// Acceptor accepts Sockets, by every loop: a client stays with the loop that has accepted it. Its methods may be
+// called from any goroutine, and from take and fail.
 type Acceptor struct {
-	ln   *socketListener
-	take func(*Socket)
-	fail func(error)
-	fd   int
-	loop *loop
-	slot uint32
+	ln    *socketListener
+	take  func(*Socket)
+	fail  func(error)
+	fd    int // its own, so that nobody closes it
+	seats []seat
 
-	mu     sync.Mutex // held while take or fail runs
-	ctl    sync.Mutex
-	paused bool // guarded by ctl, as is closed
+	busy   sync.RWMutex // held for reading while take or fail runs
+	mu     sync.Mutex
+	paused bool
 	closed bool
 }
 
+// seat is an acceptor's place in a loop.
+type seat struct {
+	loop *loop
+	slot uint32
+}
+
+// join gives the acceptor a seat in l, whose lock is held.
+func (a *Acceptor) join(l *loop) error {
+	a.seats = append(a.seats, seat{l, l.reserve(a, A)})
+	return nil
+}
+
 // event accepts one client. The listener is registered level-triggered: if there are more, that is told again, after what
-// else has happened meanwhile.
-func (a *Acceptor) event(*loop, Side, uint32) {
+// else has happened meanwhile, and to whichever loop is free.
+func (a *Acceptor) event(l *loop, _ Side, _ uint32) {
+	a.busy.RLock()
+	defer a.busy.RUnlock()
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.ctl.Lock()
 	off := a.paused || a.closed
-	a.ctl.Unlock()
+	a.mu.Unlock()
 	if off {
 		return
 	}
-	s, err := a.ln.accept(a.fd)
+	s, err := a.ln.acceptFrom(a.fd)
 	switch {
 	case err == nil:
+		s.home = l
 		a.take(s)
-	case err == syscall.EAGAIN:
+	case err == syscall.EAGAIN: // another loop was faster
 	default:
 		a.Pause()
 		a.fail(a.ln.failed(os.NewSyscallError("accept4", err)))
@@ -151,37 +168,52 @@ func (a *Acceptor) event(*loop, Side, uint32) {
 }
 
 // Pause stops accepting until Resume: clients wait in the kernel's queue.
-func (a *Acceptor) Pause() { a.arm(true, 0) }
-
-// Resume goes on after a pause.
-func (a *Acceptor) Resume() { a.arm(false, unix.EPOLLIN) }
-
-func (a *Acceptor) arm(paused bool, events uint32) {
-	a.ctl.Lock()
-	defer a.ctl.Unlock()
-	if a.closed || a.paused == paused {
-		return
-	}
-	a.paused = paused
-	a.loop.mu.Lock()
-	defer a.loop.mu.Unlock()
-	ev := unix.EpollEvent{Events: events, Fd: int32(a.slot), Pad: int32(a.loop.slots[a.slot].gen)}
-	unix.EpollCtl(a.loop.epfd, unix.EPOLL_CTL_MOD, a.fd, &ev)
-}
-
-// Close stops accepting for good; it does not close the listener. When it has returned, neither take nor fail runs or
-// will be called; so it must not be called from them.
-func (a *Acceptor) Close() {
+func (a *Acceptor) Pause() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.ctl.Lock()
-	defer a.ctl.Unlock()
+	if !a.paused && !a.closed {
+		a.paused = true
+		a.disarm()
+	}
+}
+
+// Resume begins, or goes on after a pause.
+func (a *Acceptor) Resume() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !a.paused || a.closed {
+		return
+	}
+	a.paused = false
+	for _, s := range a.seats {
+		s.loop.mu.Lock()
+		s.loop.add(a.fd, acceptEvents, s.slot)
+		s.loop.mu.Unlock()
+	}
+}
+
+func (a *Acceptor) disarm() {
+	for _, s := range a.seats {
+		unix.EpollCtl(s.loop.epfd, unix.EPOLL_CTL_DEL, a.fd, nil)
+	}
+}
+
+// Close stops accepting for good; it does not close the listener. When it has returned, neither
+// take nor fail runs or will be called; so it must not be called from them.
+func (a *Acceptor) Close() {
+	a.busy.Lock()
+	defer a.busy.Unlock()
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	if a.closed {
 		return
 	}
 	a.closed = true
-	a.ln.raw.Control(func(fd uintptr) { unix.EpollCtl(a.loop.epfd, unix.EPOLL_CTL_DEL, int(fd), nil) })
-	a.loop.mu.Lock()
-	defer a.loop.mu.Unlock()
-	a.loop.unregister(a.slot)
+	a.disarm()
+	rawClose(a.fd)
+	for _, s := range a.seats {
+		s.loop.mu.Lock()
+		s.loop.unregister(s.slot)
+		s.loop.mu.Unlock()
+	}
 }

@@ -28,7 +28,7 @@ func DialSocket(client net.Conn, to netip.AddrPort, timeout time.Duration, done 
 	if timeout > 0 {
 		d.deadline = clock() + int64(timeout)
 	}
-	loop, rerr := c.register(nil, d.clientEvent)
+	loop, rerr := c.register(c.home, d.clientEvent)
 	if rerr != nil {
 		if origin != nil {
 			origin.Abort()

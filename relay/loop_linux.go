@@ -72,10 +72,11 @@ var loops struct {
 }
 
 const (
-	lingerTime  = time.Second // how long a loop without work stays
-	busyWait    = 1           // ms: how long a loop that has just worked waits without giving its processor away
-	pairEvents  = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
-	watchEvents = unix.EPOLLET // errors are always told
+	lingerTime   = time.Second // how long a loop without work stays
+	busyWait     = 1           // ms: how long a loop that has just worked waits without giving its processor away
+	pairEvents   = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
+	watchEvents  = unix.EPOLLET                       // errors are always told
+	acceptEvents = unix.EPOLLIN | unix.EPOLLEXCLUSIVE // level-triggered
 )
 
 var epoch = time.Now()
@@ -87,35 +88,66 @@ func clock() int64 { return int64(time.Since(epoch)) }
 // two processors leaves room for it, and for the rest of the process.
 func loopCount() int { return max(1, runtime.GOMAXPROCS(0)/2) }
 
-// withLoop calls do with a live loop, whose lock is held: the one that is wanted if that is not nil, which
-// must have something registered, or else the next in turn.
+// withLoop calls do with a live loop, whose lock is held: the one that is wanted, if that lives, or else the next in turn.
 func withLoop(want *loop, do func(l *loop) error) error {
-	if want != nil {
-		want.mu.Lock()
+	if want != nil && want.hold() {
 		defer want.mu.Unlock()
 		return do(want)
 	}
 	loops.Lock()
 	defer loops.Unlock()
-	for {
-		if len(loops.all) < loopCount() {
-			l, err := newLoop()
-			if err != nil {
-				return err
-			}
-			loops.all = append(loops.all, l)
-			go l.run()
-		}
-		loops.next++
-		l := loops.all[loops.next%len(loops.all)]
-		l.mu.Lock()
-		if !l.closed {
-			defer l.mu.Unlock()
-			return do(l)
-		}
-		l.mu.Unlock()
-		removeLoop(l)
+	if err := fillLoops(); err != nil {
+		return err
 	}
+	loops.next++
+	l := loops.all[loops.next%len(loops.all)]
+	l.mu.Lock() // it lives: loops end under loops' lock
+	defer l.mu.Unlock()
+	return do(l)
+}
+
+// allLoops calls do with every loop, whose lock is held, up to the first error.
+func allLoops(do func(l *loop) error) error {
+	loops.Lock()
+	defer loops.Unlock()
+	if err := fillLoops(); err != nil {
+		return err
+	}
+	for _, l := range loops.all {
+		l.mu.Lock()
+		err := do(l)
+		l.mu.Unlock()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fillLoops makes the loops that are missing. The list's lock is held.
+func fillLoops() error {
+	for len(loops.all) < loopCount() {
+		l, err := newLoop()
+		if err != nil {
+			if len(loops.all) > 0 {
+				return nil // those there are will do
+			}
+			return err
+		}
+		loops.all = append(loops.all, l)
+		go l.run()
+	}
+	return nil
+}
+
+// hold locks the loop, and reports false if it has ended.
+func (l *loop) hold() bool {
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return false
+	}
+	return true
 }
 
 // removeLoop takes l off the list, whose lock is held.
@@ -150,6 +182,16 @@ func newLoop() (*loop, error) {
 
 // register has epoll report fd to t, as its side s, and returns the slot. The lock is held.
 func (l *loop) register(fd int, events uint32, t target, s Side) (index uint32, err error) {
+	index = l.reserve(t, s)
+	if err := l.add(fd, events, index); err != nil {
+		l.unregister(index)
+		return 0, err
+	}
+	return index, nil
+}
+
+// reserve returns a slot for t. The lock is held.
+func (l *loop) reserve(t target, s Side) (index uint32) {
 	if n := len(l.free); n > 0 {
 		index = l.free[n-1]
 		l.free = l.free[:n-1]
@@ -157,14 +199,14 @@ func (l *loop) register(fd int, events uint32, t target, s Side) (index uint32, 
 		index = uint32(len(l.slots))
 		l.slots = append(l.slots, slot{})
 	}
-	sl := &l.slots[index]
-	sl.target, sl.side = t, s
-	ev := unix.EpollEvent{Events: events, Fd: int32(index), Pad: int32(sl.gen)}
-	if err := rawEpollAdd(l.epfd, fd, &ev); err != nil {
-		l.unregister(index)
-		return 0, err
-	}
-	return index, nil
+	l.slots[index].target, l.slots[index].side = t, s
+	return index
+}
+
+// add has epoll report fd to the slot. The lock is held.
+func (l *loop) add(fd int, events uint32, index uint32) error {
+	ev := unix.EpollEvent{Events: events, Fd: int32(index), Pad: int32(l.slots[index].gen)}
+	return rawEpollAdd(l.epfd, fd, &ev)
 }
 
 // unregister forgets a slot. Closing its descriptor takes that out of epoll. The lock is held.
@@ -198,7 +240,8 @@ func (l *loop) run() {
 	for {
 		n := l.wait(&wait)
 		l.now = clock()
-		if l.collect(n, wait.slept) {
+		l.collect(n)
+		if wait.slept && l.end() {
 			break
 		}
 		wait.needed = wait.slept
@@ -228,9 +271,22 @@ type waiting struct {
 	needed bool // and yet the loop is needed: sockets are watched
 }
 
-// collect turns n epoll events into happenings and takes over what was posted. It reports
-// whether the loop ends, which it does after an idle time without anything registered.
-func (l *loop) collect(n int, idle bool) (end bool) {
+// end ends the loop, if nothing is registered and nothing was posted. It reports whether it did.
+func (l *loop) end() bool {
+	loops.Lock()
+	defer loops.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.turn) > 0 || l.mail.Load() || len(l.free) < len(l.slots) {
+		return false
+	}
+	l.closed = true
+	removeLoop(l)
+	return true
+}
+
+// collect turns n epoll events into happenings and takes over what was posted.
+func (l *loop) collect(n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.batch = l.batch[:0]
@@ -248,11 +304,6 @@ func (l *loop) collect(n int, idle bool) (end bool) {
 	clear(l.posted)
 	l.posted = l.posted[:0]
 	l.mail.Store(false)
-	if idle && len(l.turn) == 0 && len(l.free) == len(l.slots) {
-		l.closed = true
-		return true
-	}
-	return false
 }
 
 // wait fills l.events and returns how many there are.

@@ -22,7 +22,8 @@ type Socket struct {
 	fd        int      // -1: closed, given to a pair, or std's
 	std       net.Conn // the ordinary conn that it has become
 	tcp       bool
-	keepalive bool // the pair that takes it sees to keepalive
+	keepalive bool  // the pair that takes it sees to keepalive
+	home      *loop // that has accepted it; it is there for as long as the listener
 	peer      netip.AddrPort
 	local     netip.AddrPort // zero: not asked for yet
 

@@ -263,13 +263,13 @@ func (s *listening) acquire() bool {
 
 func (s *listening) sayFull() {
 	if s.full.begins() {
-		s.log.Warn("accepting paused: as many sessions as max_conns allows", "max_conns", s.slots.max)
+		s.log.Warn("accepting paused: as many sessions as max-conns allows", "max-conns", s.slots.max)
 	}
 }
 
 func (s *listening) release() { s.slots.release() }
 
-// slots counts sessions, up to a limit. Only one goroutine takes them.
+// slots counts sessions, up to a limit.
 type slots struct {
 	max   int           // 0: no limit
 	freed chan struct{} // gets a value when there is a slot again after there was none
@@ -287,6 +287,13 @@ func (s *slots) take() bool {
 	}
 	s.used++
 	return true
+}
+
+// force takes a slot, also beyond the limit.
+func (s *slots) force() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.used++
 }
 
 func (s *slots) full() bool {

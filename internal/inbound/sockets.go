@@ -2,6 +2,7 @@ package inbound
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"github.com/sluice-proxy/sluice/relay"
@@ -16,6 +17,7 @@ type socketServer struct {
 	now      func(context.Context, *client) bool
 	acceptor *relay.Acceptor
 
+	mu    sync.Mutex
 	pause time.Duration // after the last accept, which failed; 0: it did not
 	said  bool          // that it did
 }
@@ -49,12 +51,8 @@ func (l *Listener) serveSockets(ctx context.Context, handle func(context.Context
 // take begins the session of an accepted client.
 func (srv *socketServer) take(conn *relay.Socket) {
 	s := srv.s
-	srv.pause = 0
-	if srv.said {
-		srv.said = false
-		s.log.Info("accepting again")
-	}
-	s.slots.take() // there is one: accepting pauses where there is not
+	srv.accepted()
+	s.slots.force() // accepting pauses where there is none, but another loop may have been about to accept
 	if s.slots.full() {
 		srv.acceptor.Pause()
 		if !s.slots.full() { // freed meanwhile, which found nothing to resume
@@ -71,6 +69,17 @@ func (srv *socketServer) take(conn *relay.Socket) {
 	s.all.Add(2)
 	if !srv.runNow(c) {
 		go srv.run(srv.ctx, c, srv.handle)
+	}
+}
+
+// accepted ends an episode of failure.
+func (srv *socketServer) accepted() {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	srv.pause = 0
+	if srv.said {
+		srv.said = false
+		srv.s.log.Info("accepting again")
 	}
 }
 
@@ -92,6 +101,8 @@ func (srv *socketServer) fail(err error) {
 		srv.acceptor.Resume()
 		return
 	}
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
 	if s.failing.begins() {
 		s.log.Warn("accepting paused", "err", err, "hint", acceptHint(err))
 		srv.said = true
