@@ -47,7 +47,8 @@ type command struct {
 }
 
 // programName matches what runs sluice.
-var programName = regexp.MustCompile(`^(\$ )?(sluice|go run \./cmd/sluice|go run github\.com/sluice-proxy/sluice/cmd/sluice@latest)( |$)`)
+var programName = regexp.MustCompile(
+	`^(\$ )?(sluice|go run (\.|github\.com/sluice-proxy/sluice)/cmd/sluice(@latest)?)( |$)`)
 
 var codeSpan = regexp.MustCompile("`([^`]+)`")
 
@@ -128,8 +129,8 @@ func TestWords(t *testing.T) {
 	}
 }
 
-// TestDocsCommands: every command line in the pages is one that the program takes. Those that serve one inbound are run
-// up to their configuration; complaints that a page shows are the program's own.
+// TestDocsCommands: every command line in the pages is one that the program takes. Those that serve one
+// inbound are run up to their configuration; complaints that a page shows are the program's own.
 func TestDocsCommands(t *testing.T) {
 	seen := 0
 	for _, p := range pages(t) {
