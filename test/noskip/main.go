@@ -30,7 +30,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "noskip:", err)
 		os.Exit(2)
 	}
-	r := &report{out: os.Stdout, tests: make(map[string]*strings.Builder)}
+	r := &report{out: os.Stdout, tests: make(map[string]*written)}
 	readErr := r.read(out)
 	if readErr != nil {
 		fmt.Fprintln(os.Stderr, "noskip: reading the output of go test:", readErr)
@@ -61,9 +61,16 @@ type event struct {
 // that a failed one wrote, and one line a package.
 type report struct {
 	out   io.Writer
-	tests map[string]*strings.Builder // output by "package\ttest" of tests that are not over, and of the package under ""
+	tests map[string]*written // by "package\ttest", of tests that are not over or have failed; the package's own under "package\t"
+	seen  int
 	ran   int
 	skips []string
+}
+
+// written is what a test has written so far.
+type written struct {
+	strings.Builder
+	seen int // the order in which tests began to write
 }
 
 func (r *report) read(in io.Reader) error {
@@ -80,9 +87,7 @@ func (r *report) read(in io.Reader) error {
 }
 
 func (r *report) add(e event) {
-	// The output of subtests is kept with their top-level test, in the order in which it came.
-	top, _, isSub := strings.Cut(e.Test, "/")
-	key := e.Package + "\t" + top
+	key := e.Package + "\t" + e.Test
 	switch e.Action {
 	case "build-output":
 		io.WriteString(r.out, e.Output)
@@ -91,57 +96,76 @@ func (r *report) add(e event) {
 			return
 		}
 		if r.tests[key] == nil {
-			r.tests[key] = new(strings.Builder)
+			r.seen++
+			r.tests[key] = &written{seen: r.seen}
 		}
 		r.tests[key].WriteString(e.Output)
 	case "pass", "fail", "skip":
-		switch {
-		case e.Test == "":
+		if e.Test == "" {
 			r.endPackage(e)
-			return
-		case e.Action == "skip":
-			r.skips = append(r.skips, fmt.Sprintf("%s %s: %s", e.Package, e.Test, reason(r.take(key, !isSub), e.Test)))
-			return
-		}
-		r.ran++
-		if !isSub {
-			if text := r.take(key, true); e.Action == "fail" {
-				io.WriteString(r.out, text)
-			}
+		} else {
+			r.endTest(e, key)
 		}
 	}
+}
+
+// endTest forgets what a test has written that passed. What a subtest has written that failed
+// waits for the end of the test around it.
+func (r *report) endTest(e event, key string) {
+	isSub := strings.Contains(e.Test, "/")
+	switch e.Action {
+	case "skip":
+		text := r.take(key)
+		r.skips = append(r.skips, fmt.Sprintf("%s %s: %s", e.Package, e.Test, reason(text, e.Test)))
+		return
+	case "fail":
+		if !isSub {
+			io.WriteString(r.out, r.take(key)+r.takeAll(key+"/"))
+		}
+	case "pass":
+		r.take(key)
+		r.takeAll(key + "/")
+	}
+	r.ran++
 }
 
 // endPackage prints the package's line, and before it what a package that failed has left:
 // the output of tests that never ended, after a panic or a timeout.
 func (r *report) endPackage(e event) {
-	text := r.take(e.Package+"\t", true)
+	own := r.take(e.Package + "\t")
+	left := r.takeAll(e.Package + "\t")
 	if e.Action == "fail" {
-		var left []string
-		for key := range r.tests {
-			if strings.HasPrefix(key, e.Package+"\t") {
-				left = append(left, key)
-			}
-		}
-		slices.Sort(left)
-		for _, key := range left {
-			io.WriteString(r.out, r.take(key, true))
-		}
+		io.WriteString(r.out, left)
 	} else {
-		text = strings.TrimPrefix(text, "PASS\n")
+		own = strings.TrimPrefix(own, "PASS\n")
 	}
-	io.WriteString(r.out, text)
+	io.WriteString(r.out, own)
 }
 
-func (r *report) take(key string, drop bool) string {
-	b := r.tests[key]
-	if b == nil {
+// take returns what was written under key and forgets it.
+func (r *report) take(key string) string {
+	w := r.tests[key]
+	if w == nil {
 		return ""
 	}
-	if drop {
-		delete(r.tests, key)
+	delete(r.tests, key)
+	return w.String()
+}
+
+// takeAll is take for all keys that begin with prefix, in the order in which they came up.
+func (r *report) takeAll(prefix string) string {
+	var keys []string
+	for key := range r.tests {
+		if strings.HasPrefix(key, prefix) {
+			keys = append(keys, key)
+		}
 	}
-	return b.String()
+	slices.SortFunc(keys, func(a, b string) int { return r.tests[a].seen - r.tests[b].seen })
+	var all strings.Builder
+	for _, key := range keys {
+		all.WriteString(r.take(key))
+	}
+	return all.String()
 }
 
 // finish names what was skipped and says whether that, and the number of tests, is fine.

@@ -32,6 +32,12 @@ const failEvents = `
 {"Action":"output","Package":"m/c","Test":"TestZ","Output":"=== RUN   TestZ\n"}
 {"Action":"output","Package":"m/c","Test":"TestZ","Output":"    z_test.go:3: wrong\n"}
 {"Action":"output","Package":"m/c","Test":"TestZ","Output":"--- FAIL: TestZ (0.00s)\n"}
+{"Action":"output","Package":"m/c","Test":"TestZ/bad","Output":"        z_test.go:4: wrong, too\n"}
+{"Action":"output","Package":"m/c","Test":"TestZ/good","Output":"        z_test.go:5: fine\n"}
+{"Action":"output","Package":"m/c","Test":"TestZ/bad","Output":"    --- FAIL: TestZ/bad (0.00s)\n"}
+{"Action":"fail","Package":"m/c","Test":"TestZ/bad"}
+{"Action":"output","Package":"m/c","Test":"TestZ/good","Output":"    --- PASS: TestZ/good (0.00s)\n"}
+{"Action":"pass","Package":"m/c","Test":"TestZ/good"}
 {"Action":"fail","Package":"m/c","Test":"TestZ"}
 {"Action":"output","Package":"m/c","Test":"TestHung","Output":"panic: test timed out\n"}
 {"Action":"output","Package":"m/c","Output":"FAIL\n"}
@@ -48,11 +54,11 @@ func TestReport(t *testing.T) {
 		{"nothing ran", `{"Action":"skip","Package":"m/b"}`, "FAIL: no test ran\n", false, false},
 		{"skips named", skipEvents, "SKIPPED m/a TestY/sub: y_test.go:7: no curl here\n", false, true},
 		{"skips fail", skipEvents, "SKIPPED m/a TestY/sub: y_test.go:7: no curl here\nFAIL: 1 skipped\n", true, false},
-		{"failure", failEvents, "    z_test.go:3: wrong\n--- FAIL: TestZ (0.00s)\npanic: test timed out\nFAIL\nFAIL\tm/c\t0.010s\n", true, true},
+		{"failure", failEvents, "    z_test.go:3: wrong\n--- FAIL: TestZ (0.00s)\n        z_test.go:4: wrong, too\n    --- FAIL: TestZ/bad (0.00s)\npanic: test timed out\nFAIL\nFAIL\tm/c\t0.010s\n", true, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var out strings.Builder
-			r := &report{out: &out, tests: make(map[string]*strings.Builder)}
+			r := &report{out: &out, tests: make(map[string]*written)}
 			if err := r.read(strings.NewReader(tt.in)); err != nil {
 				t.Fatal(err)
 			}
@@ -75,7 +81,7 @@ func TestRealGoTest(t *testing.T) {
 		t.Error("the sample did not fail")
 	}
 	var out strings.Builder
-	r := &report{out: &out, tests: make(map[string]*strings.Builder)}
+	r := &report{out: &out, tests: make(map[string]*written)}
 	if err := r.read(strings.NewReader(string(events))); err != nil {
 		t.Fatal(err)
 	}
