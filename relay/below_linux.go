@@ -47,7 +47,7 @@ func (s below) dead() (dead bool) {
 func (s below) failure() error {
 	err := errReset
 	if s.raw != nil {
-		s.raw.Control(func(fd uintptr) { err = socketError(int(fd)) })
+		s.raw.Control(func(fd uintptr) { err = failureOf(int(fd), s.tcp) })
 	}
 	return err
 }
@@ -63,16 +63,6 @@ func tcpState(fd int) uint8 {
 		return 0
 	}
 	return info.State
-}
-
-// socketError takes the pending error of a socket that has failed; where another call was given
-// it already, the error is a reset.
-func socketError(fd int) error {
-	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
-	if err != nil || n == 0 {
-		return errReset
-	}
-	return syscall.Errno(n)
 }
 
 // tryRead is called with the socket's descriptor, at first and whenever it may be readable; false

@@ -55,6 +55,8 @@ func (c *conn) unsent() (n int, ok bool) { return c.below.unsent() }
 
 // stopReading frees a Read that waits, where the conn has deadlines.
 func (c *conn) stopReading() {
+	var err error
+	defer recoverInto(&err)
 	if d, ok := c.rwc.(interface{ SetReadDeadline(time.Time) error }); ok {
 		d.SetReadDeadline(time.Unix(1, 0))
 	}

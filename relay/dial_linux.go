@@ -3,9 +3,11 @@ package relay
 import (
 	"context"
 	"encoding/binary"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"time"
 	"unsafe"
 
@@ -16,7 +18,7 @@ import (
 // error, from a goroutine of the relay's or before DialSocket returns; it must not block. handled is
 // false if client is not a [Socket] fit for it: then nothing was done, and done is not called.
 //
-// The client's reset cancels the dial, with ECONNRESET; so does calling cancel, with its cause,
+// The client's reset cancels the dial: the error is then both [context.Canceled] and ECONNRESET. So does calling cancel, with its cause,
 // which does nothing once done was called. After a timeout the error is [context.DeadlineExceeded]; 0 is none.
 func DialSocket(client net.Conn, to netip.AddrPort, timeout time.Duration, done func(*Socket, error)) (cancel func(error), handled bool) {
 	c, ok := client.(*Socket)
@@ -47,6 +49,8 @@ func DialSocket(client net.Conn, to netip.AddrPort, timeout time.Duration, done 
 	}
 	return func(cause error) { d.cancel(loop, cause) }, true
 }
+
+var errClientReset = fmt.Errorf("relay: the client has left: %w: %w", context.Canceled, syscall.ECONNRESET)
 
 // dialing is one dial. What it says to done, it says on the loop's goroutine.
 type dialing struct {
@@ -101,6 +105,8 @@ func (d *dialing) originEvent(l *loop, events uint32) {
 		if err := failureOf(d.origin.fd, true); err != nil {
 			d.fail(l, os.NewSyscallError("connect", err))
 		}
+	case events&unix.EPOLLOUT != 0 && d.origin.isItself():
+		d.fail(l, os.NewSyscallError("connect", unix.ECONNREFUSED))
 	case events&unix.EPOLLOUT != 0:
 		d.finish(l, d.origin, nil)
 	}
@@ -108,7 +114,7 @@ func (d *dialing) originEvent(l *loop, events uint32) {
 
 func (d *dialing) clientEvent(l *loop, events uint32) {
 	if d.done != nil && events&unix.EPOLLERR != 0 {
-		d.fail(l, errReset)
+		d.fail(l, errClientReset)
 	}
 }
 
@@ -144,4 +150,13 @@ func (u *undial) inTurn(l *loop) {
 	if u.done != nil {
 		u.fail(l, u.err)
 	}
+}
+
+// isItself says that a socket has connected to itself, as one can to a port of the kernel's own range where nobody listens.
+func (s *Socket) isItself() bool {
+	if s.peer.Port() < 1024 {
+		return false
+	}
+	sa, err := syscall.Getsockname(s.fd)
+	return err == nil && addrPortOf(sa) == netip.AddrPortFrom(s.peer.Addr().Unmap(), s.peer.Port())
 }

@@ -63,7 +63,9 @@ func (r *Relay) Start(a, b io.ReadWriteCloser, st *Stats, done func(Result)) *Pa
 		return p
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
-	go newPair(r, st, a, b, heads).runAsync(ctx, cancel, done)
+	now := *r
+	now.Grace = 0 // Abort is without
+	go newPair(&now, st, a, b, heads).runAsync(ctx, cancel, done)
 	return &Pair{canceler(cancel)}
 }
 
@@ -103,9 +105,12 @@ func prepare(st *Stats, a, b io.ReadWriteCloser) (*Stats, io.ReadWriteCloser, io
 	return st, a, b, [2][]byte{headA, headB}
 }
 
+// lengthMax keeps a limit's end within the range of time.
+const lengthMax = 100 * 365 * 24 * time.Hour
+
 // length returns the length of a limit; none for 0 or less.
 func (r *Relay) length(l limit) time.Duration {
-	idle, half := r.Idle, r.HalfOpen
+	idle, half := min(r.Idle, lengthMax), min(r.HalfOpen, lengthMax)
 	if idle == 0 {
 		idle = DefaultIdle
 	}

@@ -38,6 +38,7 @@ type kpair struct {
 type kside struct {
 	fd        int32
 	slot      uint32
+	seen      uint32 // events before the pair began
 	tcp       bool
 	readable  bool // a read may yield bytes, an end or an error
 	writable  bool // a write may succeed
@@ -68,6 +69,9 @@ const (
 // the kernel gives no descriptors, handled is false and nothing was done.
 func startKernel(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, done func(Result)) (_ *Pair, handled bool) {
 	if r.Portable || !isSocket(a) || !isSocket(b) {
+		return nil, false
+	}
+	if a == b { // an echo; a Socket cannot be locked, nor registered, twice
 		return nil, false
 	}
 	conns := [2]io.ReadWriteCloser{a, b}
@@ -125,6 +129,9 @@ func asSocket(c io.ReadWriteCloser) *Socket {
 			}
 		}
 		var n int
+		if flags, ferr := unix.FcntlInt(fd, unix.F_GETFL, 0); ferr == nil && flags&unix.O_NONBLOCK == 0 {
+			unix.SetNonblock(int(fd), true) // File().Fd() makes it a blocking one
+		}
 		if n, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err == nil {
 			s = &Socket{fd: n, tcp: tcp}
 		}
@@ -134,6 +141,8 @@ func asSocket(c io.ReadWriteCloser) *Socket {
 	}
 	if tcp {
 		rawNoDelay(s.fd)
+		// A close that lingers would hold the loop up.
+		unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{})
 	}
 	return s
 }
@@ -174,7 +183,7 @@ func (p *kpair) enter(sockets [2]*Socket) error {
 			p.sides[i] = kside{fd: int32(s.fd), slot: s.slot, tcp: s.tcp, writable: true, keepalive: s.keepalive}
 			sl := &l.slots[s.slot]
 			sl.target, sl.side = p, Side(i)
-			p.sides[i].note(s.seen)
+			p.sides[i].seen = s.seen
 			s.fd, s.loop, s.told = -1, nil, nil
 			s.given, s.side = p, Side(i)
 		}
@@ -196,6 +205,9 @@ func (p *kpair) inTurn(l *loop) {
 	p.limit = p.m.limit()
 	p.setTimer(l)
 	for s := A; s <= B && !p.gone; s++ { // what the sockets had to say before
+		p.event(l, s, p.sides[s].seen)
+	}
+	for s := A; s <= B && !p.gone; s++ { // and what a handshake has read too much
 		p.flow(l, s)
 	}
 }
@@ -367,6 +379,11 @@ func (p *kpair) takeSplice(l *loop, s Side, w *kway, src *kside, moved int) (n i
 		src.readable = false
 	case err == unix.EAGAIN || err == unix.EINVAL:
 		// Readable, and yet there is nothing to splice: the mark of urgent data may stand in the way.
+		if n, err = p.takeCopy(l, s, w, src); n > 0 {
+			p.setSplice(s, false)
+		}
+	case n == 0 && err == nil:
+		// The end, or the mark of urgent data with the end somewhere behind it: a read can tell.
 		if n, err = p.takeCopy(l, s, w, src); n > 0 {
 			p.setSplice(s, false)
 		}

@@ -28,15 +28,16 @@ type loop struct {
 	asleep atomic.Bool // the loop waits, or is about to: who posts must wake it
 
 	// What follows belongs to the loop's goroutine.
-	now    int64 // of this turn, since epoch
-	timers timers
-	ending []*kpair // pairs that settle or drain: looked at every drainPoll
-	ready  []*kpair // pairs that have used up their turn and have more to do
-	buf    *[largeSize]byte
-	pipes  pipes
-	batch  []happening
-	turn   []posted
-	events [256]unix.EpollEvent
+	now        int64 // of this turn, since epoch
+	timers     timers
+	ending     []*kpair // pairs that settle or drain: looked at every drainPoll
+	nextEnding int64    // when they are next looked at
+	ready      []*kpair // pairs that have used up their turn and have more to do
+	buf        *[largeSize]byte
+	pipes      pipes
+	batch      []happening
+	turn       []posted
+	events     [256]unix.EpollEvent
 }
 
 // slot is what an epoll event names: by index and generation, so that an event that was
@@ -215,6 +216,7 @@ func (l *loop) unregister(index uint32) {
 	l.slots[index].target = nil
 	l.free = append(l.free, index)
 	if len(l.free) == len(l.slots) {
+		l.mail.Store(true)
 		l.notify() // it may end now
 	}
 }
@@ -229,8 +231,8 @@ func (l *loop) post(p posted) {
 // notify ends the loop's wait, if it waits.
 func (l *loop) notify() {
 	if l.asleep.Load() {
-		one := [8]byte{1}
-		unix.Write(l.wakefd, one[:]) // fails only if the counter is full: then it is awake
+		one := uint64(1)
+		unix.Write(l.wakefd, (*[8]byte)(unsafe.Pointer(&one))[:]) // fails only if the counter is full: then it is awake
 	}
 }
 
@@ -372,6 +374,10 @@ func (l *loop) expire() {
 
 // pollEnding looks at the send queues of the pairs that settle or drain.
 func (l *loop) pollEnding() {
+	if len(l.ending) == 0 || l.now < l.nextEnding {
+		return
+	}
+	l.nextEnding = l.now + int64(drainPoll)
 	keep := l.ending[:0]
 	for _, p := range l.ending {
 		if !p.gone {

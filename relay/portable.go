@@ -44,11 +44,12 @@ const (
 	evReadErr
 	evWriteErr
 	evConnErr
+	evHalfClosed // side is the conn that was half-closed, or could not be
 )
 
 // eventsMax bounds what one pair can report: a pump fails or ends once and may say before that its
 // conn has failed, and each conn is watched for one failure.
-const eventsMax = 8
+const eventsMax = 10
 
 func newPair(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte) *pair {
 	st.engine.Store(uint32(Copy))
@@ -138,10 +139,14 @@ func (p *pair) handle(e event) action {
 		return p.m.readErr(e.side, e.err)
 	case evWriteErr:
 		return p.m.writeErr(e.side, e.err)
+	case evHalfClosed:
+		return p.halfClosed(e.side, e.err)
 	}
 	err := e.err
 	if err == nil {
-		err = p.sides[e.side].failure()
+		if err = p.sides[e.side].failure(); err == nil {
+			return 0 // a message in the error queue
+		}
 	}
 	return p.m.connErr(e.side, err)
 }
@@ -184,15 +189,22 @@ func (p *pair) do(act action) {
 }
 
 func (p *pair) halfClose(s Side) action {
-	switch err := p.sides[s].closeWrite(); err {
-	case nil:
-		return 0
-	case ErrNoHalfClose:
+	if c := p.sides[s]; c.bare { // the kernel does not wait
+		return p.halfClosed(s, c.closeWrite())
+	}
+	p.pumps.Go(func() { p.report(event{evHalfClosed, s, p.sides[s].closeWrite()}) })
+	return 0
+}
+
+func (p *pair) halfClosed(s Side, err error) action {
+	switch {
+	case p.m.phase == over || err == nil:
+	case err == ErrNoHalfClose:
 		p.m.noHalfClose(s)
-		return 0
 	default:
 		return p.m.connErr(s, err)
 	}
+	return 0
 }
 
 // silence is what drive remembers of the time without progress.

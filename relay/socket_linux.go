@@ -139,8 +139,12 @@ func (s *Socket) conn() (net.Conn, error) {
 	s.fd = -1
 	defer f.Close()
 	std, err := net.FileConn(f)
+	if err != nil { // no descriptors: closed it is, but not cleanly
+		unix.SetsockoptLinger(int(f.Fd()), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+		return nil, err
+	}
 	s.std = std
-	return std, err
+	return std, nil
 }
 
 // Read reads as an ordinary conn.
@@ -234,6 +238,10 @@ func (s *Socket) RemoteAddr() net.Addr { return s.addr(s.peer) }
 // LocalAddr returns our own address, in the form of RemoteAddr.
 func (s *Socket) LocalAddr() net.Addr {
 	s.mu.Lock()
+	if std := s.std; std != nil {
+		s.mu.Unlock()
+		return std.LocalAddr()
+	}
 	if s.tcp && !s.local.IsValid() && s.fd >= 0 {
 		if sa, err := syscall.Getsockname(s.fd); err == nil {
 			s.local = addrPortOf(sa)

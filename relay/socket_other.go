@@ -12,6 +12,17 @@ import (
 // Socket is, on Linux, a stream socket that Go's poller does not know. Here there are none.
 type Socket struct{ net.Conn }
 
+// CloseWrite half-closes the conn beneath.
+func (s *Socket) CloseWrite() error {
+	if h, ok := s.Conn.(HalfCloser); ok {
+		return h.CloseWrite()
+	}
+	return ErrNoHalfClose
+}
+
+// Abort aborts the conn beneath.
+func (s *Socket) Abort() error { return Abort(s.Conn) }
+
 // SocketListener returns ln.
 func SocketListener(ln net.Listener) (net.Listener, error) { return ln, nil }
 

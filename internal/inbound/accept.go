@@ -14,6 +14,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -53,6 +54,7 @@ type listening struct {
 	log    *slog.Logger
 	slots  slots
 	all    sync.WaitGroup
+	lines  atomic.Int32 // that wait to be logged
 
 	// Of accept alone: when there was last no slot, and when accepting last failed.
 	full, failing episode
@@ -217,6 +219,26 @@ func (s *listening) accept() net.Conn {
 	}
 }
 
+// saying bounds the lines that wait for a log that does not take them.
+const saying = 64
+
+// say logs. Where clients are accepted by the relay's loop, which a log that blocks must not hold up, it does so in a goroutine; a
+// line that comes while too many wait is dropped.
+func (s *listening) say(level slog.Level, message string, args ...any) {
+	if !s.silent {
+		s.log.Log(context.Background(), level, message, args...)
+		return
+	}
+	if s.lines.Add(1) > saying {
+		s.lines.Add(-1)
+		return
+	}
+	s.all.Go(func() {
+		defer s.lines.Add(-1)
+		s.log.Log(context.Background(), level, message, args...)
+	})
+}
+
 // An episode is a time of trouble, which is logged once: when it begins.
 type episode struct{ last time.Time }
 
@@ -263,7 +285,7 @@ func (s *listening) acquire() bool {
 
 func (s *listening) sayFull() {
 	if s.full.begins() {
-		s.log.Warn("accepting paused: as many sessions as max-conns allows", "max-conns", s.slots.max)
+		s.say(slog.LevelWarn, "accepting paused: as many sessions as max-conns allows", "max-conns", s.slots.max)
 	}
 }
 
@@ -322,7 +344,7 @@ func (s *slots) release() {
 func (l *Listener) admit(conn net.Conn) *client {
 	c := &client{bare: conn, l: l, peer: addrPort(conn.RemoteAddr()), local: addrPort(conn.LocalAddr())}
 	if !l.allows(c.peer.Addr()) {
-		l.s.log.Info("client refused by allow/deny", "client", c.peer)
+		l.s.say(slog.LevelInfo, "client refused by allow/deny", "client", c.peer)
 		relay.Abort(conn)
 		return nil
 	}
@@ -380,7 +402,7 @@ func (l *Listener) recovered(c *client, p any) bool {
 	if p == nil {
 		return false
 	}
-	l.s.log.Error("panic while serving a client", "client", c.peer, "panic", p, "stack", string(debug.Stack()))
+	l.s.say(slog.LevelError, "panic while serving a client", "client", c.peer, "panic", p, "stack", string(debug.Stack()))
 	c.abort()
 	c.Done()
 	return true

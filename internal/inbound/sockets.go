@@ -2,6 +2,7 @@ package inbound
 
 import (
 	"context"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -79,7 +80,7 @@ func (srv *socketServer) accepted() {
 	srv.pause = 0
 	if srv.said {
 		srv.said = false
-		srv.s.log.Info("accepting again")
+		srv.s.say(slog.LevelInfo, "accepting again")
 	}
 }
 
@@ -104,7 +105,7 @@ func (srv *socketServer) fail(err error) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
 	if s.failing.begins() {
-		s.log.Warn("accepting paused", "err", err, "hint", acceptHint(err))
+		s.say(slog.LevelWarn, "accepting paused", "err", err, "hint", acceptHint(err))
 		srv.said = true
 	}
 	srv.pause = min(max(2*srv.pause, firstPause), maxPause)

@@ -68,6 +68,7 @@ func (e *Engine) HandleStream(ctx context.Context, f Flow, p Pending) {
 		s.dialed(nil, err)
 		return
 	}
+	defer e.forgetPanicked(s)
 	if s.startDial(dialer) {
 		return
 	}
@@ -84,6 +85,7 @@ func (e *Engine) HandleStreamNow(ctx context.Context, f Flow, p Pending) bool {
 		return false
 	}
 	s := &session{engine: e, ctx: ctx, flow: f, pending: p, start: time.Now(), outbound: name}
+	defer e.forgetPanicked(s)
 	if err := e.begin(s); err != nil {
 		s.dialed(nil, err)
 		return true
@@ -93,6 +95,14 @@ func (e *Engine) HandleStreamNow(ctx context.Context, f Flow, p Pending) bool {
 	}
 	e.remove(s)
 	return false
+}
+
+// forgetPanicked is deferred: an inbound outlives a panic and ends the client, and the session is over with it.
+func (e *Engine) forgetPanicked(s *session) {
+	if v := recover(); v != nil {
+		e.remove(s)
+		panic(v)
+	}
 }
 
 // dialed answers the client with the dial's outcome and begins to relay.
