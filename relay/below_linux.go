@@ -69,7 +69,7 @@ func tcpState(fd int) uint8 {
 // is to wait.
 func (rd *reader) tryRead(fd uintptr) bool {
 	for {
-		n, err := syscall.Read(int(fd), rd.takeLarge())
+		n, err := syscall.Read(int(fd), rd.cut(rd.takeLarge()))
 		switch err {
 		case nil:
 			rd.n = n

@@ -115,6 +115,7 @@ type reader struct {
 	c     *conn
 	small *[smallSize]byte
 	large *[largeSize]byte
+	limit int // how much to read at most; 0: what there is
 	n     int
 	err   error
 	try   func(fd uintptr) bool // rd.tryRead, made once
@@ -155,7 +156,7 @@ func (rd *reader) read() ([]byte, error) {
 		return rd.readSocket()
 	}
 	if rd.large != nil { // the last read was a full one: there is more where it came from
-		n, err := rd.c.rwc.Read(rd.large[:])
+		n, err := rd.c.rwc.Read(rd.cut(rd.large[:]))
 		b := rd.large[:n]
 		if n < smallSize && err == nil {
 			// The next wait holds the small buffer; these bytes move there, so that the large one can go.
@@ -164,11 +165,19 @@ func (rd *reader) read() ([]byte, error) {
 		}
 		return b, err
 	}
-	n, err := rd.c.rwc.Read(rd.takeSmall())
+	n, err := rd.c.rwc.Read(rd.cut(rd.takeSmall()))
 	if n == smallSize {
 		rd.takeLarge()
 	}
 	return rd.small[:n], err
+}
+
+// cut cuts a buffer to the limit.
+func (rd *reader) cut(b []byte) []byte {
+	if rd.limit > 0 && rd.limit < len(b) {
+		return b[:rd.limit]
+	}
+	return b
 }
 
 func (rd *reader) takeSmall() []byte {

@@ -102,7 +102,11 @@ func (d *dialing) originEvent(l *loop, events uint32) {
 	switch {
 	case d.done == nil:
 	case events&(unix.EPOLLERR|unix.EPOLLHUP) != 0:
-		if err := failureOf(d.origin.fd, true); err != nil {
+		switch err := failureOf(d.origin.fd, true); {
+		case err == nil:
+		case err == syscall.ECONNRESET && events&unix.EPOLLIN != 0:
+			d.finish(l, d.origin, nil) // it was connected, has sent, and was reset: that is the pair's to pass on
+		default:
 			d.fail(l, os.NewSyscallError("connect", err))
 		}
 	case events&unix.EPOLLOUT != 0 && d.origin.isItself():

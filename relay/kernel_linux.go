@@ -22,11 +22,13 @@ type kpair struct {
 
 	relay *Relay
 	stats *Stats
+	gov   *governor // nil: no limits on its bytes
 	done  func(Result)
 	loop  *loop
 
 	timer
 	queued bool // stands in loop.ready
+	slow   bool // stands in loop.slow
 	gone   bool // over: nothing of it may be touched
 	limit  limit
 	unsent [2]int32 // the send queues when last seen, while settling
@@ -77,7 +79,7 @@ func startKernel(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, 
 	conns := [2]io.ReadWriteCloser{a, b}
 	sockets := [2]*Socket{asSocket(a), asSocket(b)}
 	st.engine.Store(uint32(Kernel))
-	p := &kpair{m: newMachine(), relay: r, stats: st, done: done, start: clock()}
+	p := &kpair{m: newMachine(), relay: r, stats: st, gov: newGovernor(r), done: done, start: clock()}
 	p.ways[A].head, p.ways[B].head = heads[A], heads[B]
 	if sockets[A] == nil || sockets[B] == nil || p.enter(sockets) != nil {
 		st.engine.Store(uint32(None))
@@ -179,6 +181,9 @@ func (p *kpair) enter(sockets [2]*Socket) error {
 			}
 		}
 		p.loop = l
+		if spin := int64(min(p.relay.BusyPoll, busyPollMax)); spin > l.busyPoll.Load() {
+			l.busyPoll.Store(spin)
+		}
 		for i, s := range sockets {
 			p.sides[i] = kside{fd: int32(s.fd), slot: s.slot, tcp: s.tcp, writable: true, keepalive: s.keepalive}
 			sl := &l.slots[s.slot]
@@ -191,6 +196,9 @@ func (p *kpair) enter(sockets [2]*Socket) error {
 		return nil
 	})
 }
+
+// busyPollMax bounds Relay.BusyPoll.
+const busyPollMax = time.Millisecond
 
 // keepaliveAfter is how old a pair is when its sockets get keepalive, where they have none: those of short
 // connections never need it.
@@ -207,9 +215,7 @@ func (p *kpair) inTurn(l *loop) {
 	for s := A; s <= B && !p.gone; s++ { // what the sockets had to say before
 		p.event(l, s, p.sides[s].seen)
 	}
-	for s := A; s <= B && !p.gone; s++ { // and what a handshake has read too much
-		p.flow(l, s)
-	}
+	p.flowBoth(l) // and what a handshake has read too much
 }
 
 // abortPair asks the loop to abort the pair.
@@ -316,8 +322,22 @@ func (p *kpair) flow(l *loop, s Side) {
 			}
 			break
 		}
-		n, err := p.take(l, s, w, src, moved)
+		limit, probe := turnBytes, false
+		if p.gov != nil {
+			if limit, probe = p.gov.allowed(s, turnBytes, l.now); limit == 0 {
+				p.throttle(l)
+				break
+			}
+		}
+		n, err := p.take(l, s, w, src, moved, limit)
+		if p.gov != nil {
+			p.gov.charge(s, n)
+		}
 		switch {
+		case n > 0 && probe:
+			w.release(l)
+			p.do(l, p.m.exceeded())
+			return
 		case n > 0:
 		case err == unix.EAGAIN || err == unix.EINTR:
 		case err == nil:
@@ -333,26 +353,43 @@ func (p *kpair) flow(l *loop, s Side) {
 	w.release(l)
 }
 
-// take reads from src into what the way holds. n = 0 without an error is the end.
-func (p *kpair) take(l *loop, s Side, w *kway, src *kside, moved int) (n int, err error) {
+// flowBoth moves what can be moved either way.
+func (p *kpair) flowBoth(l *loop) {
+	for s := A; s <= B && !p.gone; s++ {
+		p.flow(l, s)
+	}
+}
+
+// throttle has the pair go on a little later.
+func (p *kpair) throttle(l *loop) {
+	if !p.slow {
+		p.slow = true
+		l.slow = append(l.slow, p)
+	}
+}
+
+// take reads at most limit bytes from src into what the way holds. n = 0 without an error is the end.
+func (p *kpair) take(l *loop, s Side, w *kway, src *kside, moved, limit int) (n int, err error) {
 	if w.splice && !src.urgent {
 		if w.pipe == nil {
 			w.pipe = l.pipes.get()
 		}
 		if w.pipe != nil {
-			return p.takeSplice(l, s, w, src, moved)
+			return p.takeSplice(l, s, w, src, moved, limit)
 		}
 	}
-	return p.takeCopy(l, s, w, src)
+	return p.takeCopy(l, s, w, src, limit)
 }
 
-func (p *kpair) takeCopy(l *loop, s Side, w *kway, src *kside) (n int, err error) {
+func (p *kpair) takeCopy(l *loop, s Side, w *kway, src *kside, limit int) (n int, err error) {
 	if l.buf == nil {
 		l.buf = largeBuffers.Get().(*[largeSize]byte)
 	}
-	n, err = rawRead(int(src.fd), l.buf[:])
+	b := l.buf[:min(limit, len(l.buf))]
+	n, err = rawRead(int(src.fd), b)
 	switch {
-	case n == len(l.buf):
+	case n == len(b) && n < len(l.buf): // as much as is allowed
+	case n == len(b):
 		if w.full++; w.full >= spliceAfter && !src.urgent {
 			p.setSplice(s, true)
 		}
@@ -372,22 +409,22 @@ func (p *kpair) takeCopy(l *loop, s Side, w *kway, src *kside) (n int, err error
 	return n, err
 }
 
-func (p *kpair) takeSplice(l *loop, s Side, w *kway, src *kside, moved int) (n int, err error) {
-	n, err = w.pipe.fill(int(src.fd))
+func (p *kpair) takeSplice(l *loop, s Side, w *kway, src *kside, moved, limit int) (n int, err error) {
+	n, err = w.pipe.fill(int(src.fd), limit)
 	switch {
 	case err == unix.EAGAIN && moved > 0:
 		src.readable = false
 	case err == unix.EAGAIN || err == unix.EINVAL:
 		// Readable, and yet there is nothing to splice: the mark of urgent data may stand in the way.
-		if n, err = p.takeCopy(l, s, w, src); n > 0 {
+		if n, err = p.takeCopy(l, s, w, src, limit); n > 0 {
 			p.setSplice(s, false)
 		}
 	case n == 0 && err == nil:
 		// The end, or the mark of urgent data with the end somewhere behind it: a read can tell.
-		if n, err = p.takeCopy(l, s, w, src); n > 0 {
+		if n, err = p.takeCopy(l, s, w, src, limit); n > 0 {
 			p.setSplice(s, false)
 		}
-	case n > 0 && n < smallSplice:
+	case n > 0 && n < min(smallSplice, limit):
 		if w.full++; w.full >= copyAfter {
 			p.setSplice(s, false)
 		}

@@ -122,7 +122,7 @@ func TestKernelLimits(t *testing.T) {
 		if d := time.Since(start); d < 2300*time.Millisecond {
 			t.Error("ended after", d)
 		}
-		if res.AToB.End != Idle || res.First != neither || !errors.Is(res.Err(), ErrIdle) {
+		if res.AToB.End != Idle || res.First != Neither || !errors.Is(res.Err(), ErrIdle) {
 			t.Error(res, res.Err())
 		}
 		if _, err := client.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
@@ -254,7 +254,7 @@ func TestResetContext(t *testing.T) {
 		ctx, stop := ResetContext(context.Background(), WithHead(accepted, []byte("x")))
 		defer stop()
 		io.WriteString(client, "early data")
-		client.CloseWrite() // neither cancels
+		client.CloseWrite() // Neither cancels
 		select {
 		case <-ctx.Done():
 			t.Fatal("cancelled by a half-close")

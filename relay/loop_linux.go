@@ -32,7 +32,10 @@ type loop struct {
 	timers     timers
 	ending     []*kpair // pairs that settle or drain: looked at every drainPoll
 	nextEnding int64    // when they are next looked at
-	ready      []*kpair // pairs that have used up their turn and have more to do
+	slow       []*kpair // pairs that a rate holds back
+	nextSlow   int64
+	busyPoll   atomic.Int64 // how long to go on asking, in nanoseconds
+	ready      []*kpair     // pairs that have used up their turn and have more to do
 	buf        *[largeSize]byte
 	pipes      pipes
 	batch      []happening
@@ -79,11 +82,6 @@ const (
 	watchEvents  = unix.EPOLLET                       // errors are always told
 	acceptEvents = unix.EPOLLIN | unix.EPOLLEXCLUSIVE // level-triggered
 )
-
-var epoch = time.Now()
-
-// clock returns nanoseconds since epoch.
-func clock() int64 { return int64(time.Since(epoch)) }
 
 // loopCount: the kernel does most of the work, and does it in the loop's own time; a loop for every
 // two processors leaves room for it, and for the rest of the process.
@@ -258,6 +256,7 @@ func (l *loop) run() {
 		}
 		l.expire()
 		l.pollEnding()
+		l.runSlow()
 		l.runReady()
 		wait.worked = n > 0
 	}
@@ -325,6 +324,16 @@ func (l *loop) wait(t *waiting) int {
 	if mayEnd && t.needed {
 		return l.epoll(-1, false)
 	}
+	if spin := l.busyPoll.Load(); spin > 0 && t.worked {
+		for {
+			if n := l.epoll(0, true); n > 0 || l.mail.Load() || clock()-l.now > spin {
+				if n > 0 || l.mail.Load() {
+					return n
+				}
+				break
+			}
+		}
+	}
 	if t.worked && runtime.GOMAXPROCS(0) > 1 {
 		if n := l.epoll(min(timeout, busyWait), true); n > 0 || timeout <= busyWait {
 			return n
@@ -338,8 +347,8 @@ func (l *loop) wait(t *waiting) int {
 
 // timeout returns the milliseconds to the next timer. mayEnd says that it is the lingering of a loop without pairs.
 func (l *loop) timeout() (ms int, mayEnd bool) {
-	if len(l.ending) > 0 {
-		return int(drainPoll / time.Millisecond), false
+	if len(l.ending) > 0 || len(l.slow) > 0 {
+		return int(min(drainPoll, throttleTick) / time.Millisecond), false
 	}
 	d, ok := l.timers.next()
 	if !ok {
@@ -391,6 +400,20 @@ func (l *loop) pollEnding() {
 	l.ending = keep
 }
 
+// runSlow lets the pairs that a rate has held back go on.
+func (l *loop) runSlow() {
+	if len(l.slow) == 0 || l.now < l.nextSlow {
+		return
+	}
+	l.nextSlow = l.now + int64(throttleTick)
+	slow := l.slow
+	l.slow = nil
+	for _, p := range slow {
+		p.slow = false
+		p.flowBoth(l)
+	}
+}
+
 // runReady gives the pairs that had used up their turn another one.
 func (l *loop) runReady() {
 	n := len(l.ready)
@@ -398,12 +421,7 @@ func (l *loop) runReady() {
 		p := l.ready[i]
 		l.ready[i] = nil
 		p.queued = false
-		if !p.gone {
-			p.flow(l, A)
-		}
-		if !p.gone {
-			p.flow(l, B)
-		}
+		p.flowBoth(l)
 	}
 	l.ready = append(l.ready[:0], l.ready[n:]...)
 }

@@ -65,7 +65,7 @@ const (
 	limitNone
 )
 
-func newMachine() machine { return machine{first: neither, drain: neither} }
+func newMachine() machine { return machine{first: Neither, drain: Neither} }
 
 func (m *machine) limit() limit {
 	switch {
@@ -197,6 +197,14 @@ func (m *machine) cancel(err error) action {
 	return m.cut(Canceled, err)
 }
 
+// exceeded: bytes came, and the quota is used up.
+func (m *machine) exceeded() action {
+	if m.phase == over {
+		return 0
+	}
+	return m.cut(Quota, ErrQuota)
+}
+
 // cut ends all that has not ended yet. It is nobody's doing: first stays as it is.
 func (m *machine) cut(end End, err error) action {
 	for s := range m.way {
@@ -210,7 +218,7 @@ func (m *machine) cut(end End, err error) action {
 // finish records the end of the way from s.
 func (m *machine) finish(s Side, w way, end End, err error) {
 	m.way[s], m.end[s], m.err[s] = w, end, err
-	if m.first == neither {
+	if m.first == Neither {
 		m.first = s
 	}
 }
@@ -218,7 +226,7 @@ func (m *machine) finish(s Side, w way, end End, err error) {
 // breakInto breaks the way into s, whose conn has failed.
 func (m *machine) breakInto(s Side, err error) action {
 	o := s.other()
-	if m.first == neither {
+	if m.first == Neither {
 		m.first = s
 	}
 	if m.way[o] != flowing {

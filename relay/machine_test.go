@@ -29,7 +29,7 @@ func sMute(m *machine, s Side) action    { m.noHalfClose(s); return 0 }
 func (a action) mirror() action { return a&0x155<<1 | a&0x2aa>>1 }
 
 func (s Side) mirror() Side {
-	if s == neither {
+	if s == Neither {
 		return s
 	}
 	return s.other()
@@ -71,13 +71,13 @@ func TestMachine(t *testing.T) {
 		{"both fail", []step{{sConn, A, stopB}, {sConn, B, abortA | abortB}}, Write, Write, A, limitSettle},
 		{"last words for a side that fails meanwhile",
 			[]step{{sWrite, A, stopA}, {sConn, A, abortA | abortB}}, Write, Write, A, limitSettle},
-		{"idle", []step{{sExpired, A, abortA | abortB}}, Idle, Idle, neither, limitIdle},
+		{"idle", []step{{sExpired, A, abortA | abortB}}, Idle, Idle, Neither, limitIdle},
 		{"half-open", []step{{sEOF, A, endB}, {sExpired, A, abortA | abortB}}, EOF, HalfOpen, A, limitHalfOpen},
 		{"half-open towards a side that could not be told",
 			[]step{{sEOF, A, endB}, {sMute, B, 0}, {sExpired, A, abortA | closeB}}, EOF, HalfOpen, A, limitHalfOpen},
 		{"a side that could not be told ends by itself",
 			[]step{{sEOF, A, endB}, {sMute, B, 0}, {sEOF, B, closeA | closeB}}, EOF, EOF, A, limitHalfOpen},
-		{"cancelled", []step{{sCancel, A, abortA | abortB}}, Canceled, Canceled, neither, limitIdle},
+		{"cancelled", []step{{sCancel, A, abortA | abortB}}, Canceled, Canceled, Neither, limitIdle},
 		{"cancelled half-open", []step{{sEOF, A, endB}, {sCancel, A, abortA | abortB}}, EOF, Canceled, A, limitHalfOpen},
 		{"cancelled while it drains", []step{{sRead, A, stopB | drainB}, {sCancel, A, abortA | abortB}}, Read, Write, A, limitSettle},
 		{"what comes after the end changes nothing",

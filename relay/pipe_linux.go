@@ -72,9 +72,9 @@ func (p *pipe) close() {
 	rawClose(p.w)
 }
 
-// fill moves bytes from a socket into the pipe, which is empty.
-func (p *pipe) fill(fd int) (int, error) {
-	n, err := rawSplice(fd, p.w, p.size)
+// fill moves at most limit bytes from a socket into the pipe, which is empty.
+func (p *pipe) fill(fd, limit int) (int, error) {
+	n, err := rawSplice(fd, p.w, min(p.size, limit))
 	p.n += n
 	return n, err
 }

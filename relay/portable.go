@@ -21,6 +21,7 @@ type pair struct {
 	sides  [2]*conn
 	heads  [2][]byte
 	m      machine
+	gov    *governor // nil: no limits on its bytes
 	start  time.Time
 	events chan event // holds all that can be reported, so that no report blocks
 	pumps  sync.WaitGroup
@@ -44,6 +45,7 @@ const (
 	evReadErr
 	evWriteErr
 	evConnErr
+	evExceeded   // the quota is used up, and side sends on
 	evHalfClosed // side is the conn that was half-closed, or could not be
 )
 
@@ -54,7 +56,7 @@ const eventsMax = 10
 func newPair(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte) *pair {
 	st.engine.Store(uint32(Copy))
 	return &pair{
-		relay: r, stats: st, sides: [2]*conn{newConn(ordinary(a)), newConn(ordinary(b))}, heads: heads, m: newMachine(),
+		relay: r, stats: st, sides: [2]*conn{newConn(ordinary(a)), newConn(ordinary(b))}, heads: heads, m: newMachine(), gov: newGovernor(r),
 		start: time.Now(), events: make(chan event, eventsMax),
 	}
 }
@@ -139,6 +141,8 @@ func (p *pair) handle(e event) action {
 		return p.m.readErr(e.side, e.err)
 	case evWriteErr:
 		return p.m.writeErr(e.side, e.err)
+	case evExceeded:
+		return p.m.exceeded()
 	case evHalfClosed:
 		return p.halfClosed(e.side, e.err)
 	}
@@ -288,9 +292,19 @@ func (p *pair) copy(s Side) event {
 	rd := src.newReader()
 	defer rd.release()
 	for {
+		probe := false
+		if p.gov != nil {
+			rd.limit, probe = p.allowed(s)
+		}
 		b, err := rd.read()
+		if p.gov != nil {
+			p.gov.charge(s, len(b))
+		}
 		if p.stopped[s].Load() {
 			return event{evReadErr, s, io.ErrClosedPipe} // nobody listens any more
+		}
+		if probe && len(b) > 0 {
+			return event{evExceeded, s, ErrQuota}
 		}
 		if len(b) > 0 {
 			if err != nil && err != io.EOF {
@@ -311,6 +325,17 @@ func (p *pair) copy(s Side) event {
 		case len(b) == 0:
 			runtime.Gosched() // a Read that returned 0, nil: nothing happened
 		}
+	}
+}
+
+// allowed waits until some bytes may be read from s, and returns how many.
+func (p *pair) allowed(s Side) (n int, probe bool) {
+	for {
+		n, probe = p.gov.allowed(s, largeSize, clock())
+		if n > 0 || p.stopped[s].Load() {
+			return max(n, 1), probe
+		}
+		time.Sleep(throttleTick)
 	}
 }
 

@@ -69,7 +69,7 @@ func TestIdleLimitRestartsWithEveryByteEitherWay(t *testing.T) {
 		if got := time.Since(start); got != 500*time.Second+time.Minute {
 			t.Errorf("ended after %v", got)
 		}
-		if res.AToB.End != Idle || res.BToA.End != Idle || !errors.Is(res.Err(), ErrIdle) || res.First != neither {
+		if res.AToB.End != Idle || res.BToA.End != Idle || !errors.Is(res.Err(), ErrIdle) || res.First != Neither {
 			t.Error(res, res.Err())
 		}
 		if _, err := client.Read(make([]byte, 1)); err != errReset {
@@ -186,7 +186,7 @@ func TestStartAbort(t *testing.T) {
 		p := new(Relay).Start(ra, rb, nil, func(res Result) { result <- res })
 		synctest.Wait()
 		p.Abort(nil)
-		if res := <-result; res.First != neither || res.Err() != context.Canceled {
+		if res := <-result; res.First != Neither || res.Err() != context.Canceled {
 			t.Error(res, res.Err())
 		}
 		p.Abort(nil) // does nothing

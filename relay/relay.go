@@ -1,4 +1,4 @@
-// Package relay joins two streams so that neither end can tell the relay from a direct connection.
+// Package relay joins two streams so that Neither end can tell the relay from a direct connection.
 //
 // Two calls of [io.Copy] look as if they did that. They do not say what happens at the end, and
 // the end is where bytes are lost: a client that half-closes (sends its request, then FIN) must
@@ -71,6 +71,8 @@ var (
 	ErrIdle = errors.New("relay: idle limit reached")
 	// ErrHalfOpen: one direction had ended, and no byte moved in the other for [Relay.HalfOpen].
 	ErrHalfOpen = errors.New("relay: half-open limit reached")
+	// ErrQuota: the bytes of [Relay.Quota] have been passed on.
+	ErrQuota = errors.New("relay: quota used up")
 	// ErrNoHalfClose: an end of stream could not be passed on because the conn cannot half-close.
 	ErrNoHalfClose = errors.New("relay: conn cannot half-close")
 	// ErrPanic: a method of a conn panicked. The error's text says with what.
@@ -80,17 +82,37 @@ var (
 // Relay holds the settings of a relay. The zero value is ready to use. A Relay may be used by many
 // joins at a time and must not be changed while one runs.
 type Relay struct {
-	// Idle is how long neither direction may move a byte while both are open; then both conns are
+	// Idle is how long Neither direction may move a byte while both are open; then both conns are
 	// aborted. Zero is DefaultIdle, negative is no limit.
 	Idle time.Duration
 
 	// HalfOpen is how long no byte may move after one direction has ended; then both conns are
-	// aborted. Zero is DefaultHalfOpen, negative is no limit.
+	// aborted. Zero is DefaultHalfOpen, negative is no limit of its own. A half-closed pair is
+	// never given more time than Idle gives an open one.
 	HalfOpen time.Duration
 
 	// Grace is how long a join may go on after its context is cancelled; then, or at once for
 	// zero, both conns are aborted.
 	Grace time.Duration
+
+	// Rate is how many bytes a second each direction may pass on; zero is no limit. It is kept by
+	// reading less, so that the sender is slowed down by TCP itself, and costs no copy.
+	Rate int64
+
+	// Shared is a limit that this relay shares with all others that have it, both directions of
+	// each added up. Nil is none.
+	Shared *Limiter
+
+	// Quota is how many bytes the relay may pass on, both directions added up; then both conns are
+	// aborted. Zero is no limit.
+	Quota int64
+
+	// BusyPoll is how long the loop that carries the relay goes on asking for events, after it
+	// has had some, before it sleeps. It shortens the way of a message by the time that waking up takes,
+	// and costs that much processor time after every pause. Zero is none, which is best but
+	// for a machine with processors to spare. 50 µs is a good value; it is cut to 1 ms. The loop
+	// keeps the largest value of the relays it has had. It is of no effect under the portable engine.
+	BusyPoll time.Duration
 
 	// Portable keeps joins out of the kernel-assisted engine of the platform. They behave the same
 	// and cost more.
@@ -109,13 +131,13 @@ type Side uint8
 const (
 	A Side = iota
 	B
-	neither // only in a Result whose end came from outside: a limit, a cancelled context
+	Neither // only in a Result whose end came from outside: a limit, a cancelled context
 )
 
 func (s Side) other() Side { return s ^ 1 }
 
 // String returns "a", "b", or "none".
-func (s Side) String() string { return [...]string{"a", "b", "none"}[min(s, neither)] }
+func (s Side) String() string { return [...]string{"a", "b", "none"}[min(s, Neither)] }
 
 // End says how a direction ended.
 type End uint8
@@ -127,12 +149,13 @@ const (
 	Write               // writing to D failed, or D was known to be broken: bytes of S were lost
 	Idle                // the idle limit
 	HalfOpen            // the half-open limit
-	Canceled            // the context
+	Canceled            // the context, or Pair.Abort
+	Quota               // the quota
 )
 
-// String returns the end's name as it stands in logs: eof, read, write, idle, half-open, cancel.
+// String returns the end's name as it stands in logs: eof, read, write, idle, half-open, cancel, quota.
 func (e End) String() string {
-	return [...]string{"eof", "read", "write", "idle", "half-open", "cancel"}[min(e, Canceled)]
+	return [...]string{"eof", "read", "write", "idle", "half-open", "cancel", "quota"}[min(e, Quota)]
 }
 
 // Direction says what became of one direction.

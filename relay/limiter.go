@@ -1,0 +1,125 @@
+package relay
+
+import (
+	"sync"
+	"time"
+)
+
+// Limiter is a limit in bytes a second that any number of relays share. It starts empty and never
+// holds more than a tenth of a second's bytes, so that nobody gets more than the rate for longer than that.
+// Its methods may be called from any goroutine.
+type Limiter struct {
+	rate int64
+
+	mu   sync.Mutex
+	left int64 // may be negative: what was moved too much is paid before anything else moves
+	last int64 // when left was true, as clock tells it
+}
+
+// NewLimiter returns a limit of that many bytes a second, which must be more than 0.
+func NewLimiter(bytesPerSecond int64) *Limiter {
+	if bytesPerSecond <= 0 {
+		panic("relay: NewLimiter: the limit must be more than 0")
+	}
+	return &Limiter{rate: bytesPerSecond, last: clock()}
+}
+
+// Rate returns the limit in bytes a second.
+func (l *Limiter) Rate() int64 { return l.rate }
+
+// allowed returns how many bytes may be moved now; none if it is not positive.
+func (l *Limiter) allowed(now int64) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	burst := max(l.rate/10, 1)
+	for t := now - l.last; t > 0; {
+		step := min(t, int64(time.Second)) // so that the product stays in range
+		add := int64(float64(l.rate) * float64(step) / float64(time.Second))
+		if add == 0 && l.left < burst {
+			break // too little time to count; it stays on the clock
+		}
+		l.left = min(l.left+add, burst)
+		l.last += step
+		if t -= step; l.left == burst {
+			l.last = now
+			break
+		}
+	}
+	return l.left
+}
+
+func (l *Limiter) charge(n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.left -= int64(n)
+}
+
+// clock returns nanoseconds since epoch.
+func clock() int64 { return int64(time.Since(epoch)) }
+
+var epoch = time.Now()
+
+// governor is what limits the bytes of one pair.
+type governor struct {
+	ways   [2]*Limiter // by source; nil: no limit of the pair's own
+	shared *Limiter    // may be nil
+	limit  int64       // the quota; 0: none
+
+	mu    sync.Mutex
+	moved int64 // of the quota
+}
+
+// newGovernor returns what r limits, nil for nothing.
+func newGovernor(r *Relay) *governor {
+	if r.Rate <= 0 && r.Shared == nil && r.Quota <= 0 {
+		return nil
+	}
+	g := &governor{shared: r.Shared, limit: max(r.Quota, 0)}
+	if r.Rate > 0 {
+		g.ways = [2]*Limiter{NewLimiter(r.Rate), NewLimiter(r.Rate)}
+	}
+	return g
+}
+
+// throttleTick is how often a direction that must wait looks again.
+const throttleTick = 5 * time.Millisecond
+
+// allowed returns how many of max bytes may be read from s now, 0 for none yet.
+// probe says that the quota is used up, so that even the one byte that may be read must not be passed on: its coming
+// ends the pair, and only an end is still passed on.
+func (g *governor) allowed(s Side, max int, now int64) (n int, probe bool) {
+	left := int64(max)
+	if l := g.ways[s]; l != nil {
+		left = min(left, l.allowed(now))
+	}
+	if g.shared != nil {
+		left = min(left, g.shared.allowed(now))
+	}
+	if g.limit > 0 {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.moved >= g.limit {
+			return 1, true
+		}
+		left = min(left, g.limit-g.moved)
+	}
+	if left < 0 {
+		left = 0
+	}
+	return int(left), false
+}
+
+// charge counts n bytes read from s.
+func (g *governor) charge(s Side, n int) {
+	if l := g.ways[s]; l != nil {
+		l.charge(n)
+	}
+	if g.shared != nil {
+		g.shared.charge(n)
+	}
+	if g.limit > 0 {
+		g.mu.Lock()
+		g.moved += int64(n)
+		g.mu.Unlock()
+	}
+}

@@ -1,0 +1,139 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"io"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestLimiter(t *testing.T) {
+	for _, rate := range []int64{1, 10, 1000, 1 << 20, 100 << 30} {
+		l := NewLimiter(rate)
+		l.last = 0
+		var got int64
+		for now := int64(0); now < int64(100*time.Second); now += int64(throttleTick) {
+			for {
+				n := min(l.allowed(now), 1<<40)
+				if n <= 0 {
+					break
+				}
+				l.charge(int(n))
+				got += n
+			}
+		}
+		if want := 100 * rate; got > want || got < want-want/100-rate/10-1 {
+			t.Errorf("%d bytes/s: %d in 100 s", rate, got)
+		}
+	}
+}
+
+func TestLimiterStartsEmptyAndHoldsLittle(t *testing.T) {
+	l := NewLimiter(1000)
+	l.last = 0
+	if n := l.allowed(0); n != 0 {
+		t.Error("starts with", n)
+	}
+	if n := l.allowed(int64(1000 * time.Hour)); n != 100 {
+		t.Error("after a long silence it allows", n)
+	}
+	l.charge(1100) // somebody moved more than was allowed
+	if n := l.allowed(int64(1000*time.Hour + 999*time.Millisecond)); n > 0 {
+		t.Error("not paid yet, and allows", n)
+	}
+	if n := l.allowed(int64(1000*time.Hour + 1050*time.Millisecond)); n <= 0 {
+		t.Error("paid, and allows", n)
+	}
+}
+
+func TestRateOfBothEngines(t *testing.T) {
+	for _, portable := range []bool{false, true} {
+		t.Run(map[bool]string{false: "kernel", true: "portable"}[portable], func(t *testing.T) {
+			const rate, size = 4 << 20, 2 << 20
+			shared := NewLimiter(rate)
+			for _, r := range []*Relay{{Rate: rate, Portable: portable}, {Shared: shared, Portable: portable}} {
+				client, ra := tcpPair(t)
+				rb, origin := tcpPair(t)
+				result := make(chan Result, 1)
+				start := time.Now()
+				go func() { result <- r.Join(context.Background(), ra, rb, nil) }()
+				go func() {
+					io.CopyN(client, zeros{}, size)
+					client.CloseWrite()
+				}()
+				n, err := io.Copy(io.Discard, origin)
+				if n != size || err != nil {
+					t.Errorf("read %d, %v", n, err)
+				}
+				if d := time.Since(start); d < 350*time.Millisecond {
+					t.Errorf("%d bytes took %v at %d bytes/s", size, d, rate)
+				}
+				origin.Close()
+				if res := <-result; res.Err() != nil {
+					t.Error(res, res.Err())
+				}
+			}
+		})
+	}
+}
+
+func TestRateInFakeTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, origin, result := joined(&Relay{Rate: 1000})
+		go func() {
+			client.Write(make([]byte, 60000))
+			client.CloseWrite()
+		}()
+		start := time.Now()
+		n, err := io.Copy(io.Discard, origin)
+		if d := time.Since(start); n != 60000 || err != nil || d < 59*time.Second || d > 61*time.Second {
+			t.Errorf("%d bytes in %v, %v", n, d, err)
+		}
+		origin.Close()
+		<-result
+	})
+}
+
+func TestQuota(t *testing.T) {
+	for _, portable := range []bool{false, true} {
+		for _, more := range []int{0, 1, 100000} {
+			const quota = 300000
+			client, ra := tcpPair(t)
+			rb, origin := tcpPair(t)
+			result := make(chan Result, 1)
+			r := &Relay{Quota: quota, Portable: portable}
+			go func() { result <- r.Join(context.Background(), ra, rb, nil) }()
+			go func() {
+				io.CopyN(client, zeros{}, quota+int64(more))
+				client.CloseWrite()
+			}()
+			n, err := io.Copy(io.Discard, origin)
+			origin.Close()
+			res := <-result
+			if more == 0 {
+				if n != quota || err != nil || res.AToB.End != EOF {
+					t.Errorf("portable=%v: exactly the quota: read %d, %v, %v", portable, n, err, res)
+				}
+				continue
+			}
+			if n > quota || err == nil || res.AToB.End != Quota || !errors.Is(res.Err(), ErrQuota) || res.AToB.Bytes > quota {
+				t.Errorf("portable=%v, %d more: read %d, %v, %v, %v", portable, more, n, err, res, res.Err())
+			}
+		}
+	}
+}
+
+func TestBusyPoll(t *testing.T) {
+	client, ra := tcpPair(t)
+	rb, origin := tcpPair(t)
+	p := (&Relay{BusyPoll: 200 * time.Microsecond}).Start(ra, rb, nil, nil)
+	defer p.Abort(nil)
+	for range 1000 {
+		io.WriteString(client, "x")
+		read(t, origin, "x")
+		io.WriteString(origin, "y")
+		read(t, client, "y")
+	}
+}
