@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -32,14 +33,15 @@ func NoLeaks(t testing.TB) {
 
 func noLeaks(t testing.TB, patience time.Duration) {
 	t.Helper()
-	goroutines, _ := moduleGoroutines()
-	fds := openFiles()
+	before, fds := goroutines(), openFiles()
 	t.Cleanup(func() {
 		t.Helper()
 		var leftG, leftF []string
 		for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
-			now, loops := moduleGoroutines()
-			leftG, leftF = since(goroutines, now), exceptPipes(since(fds, openFiles()), pipesKept*loops)
+			now := goroutines()
+			loops := takeLoops(now)
+			leftG = slices.DeleteFunc(since(before, now), func(g string) bool { return !strings.Contains(g, module) })
+			leftF = exceptPipes(since(fds, openFiles()), pipesKept*loops)
 			if len(leftG)+len(leftF) == 0 {
 				return
 			}
@@ -91,9 +93,8 @@ func exceptPipes(files []string, most int) (left []string) {
 	return left
 }
 
-// moduleGoroutines returns the stacks of this module's goroutines by "goroutine N", but for those of the relay's
-// loops, and how many loops there are.
-func moduleGoroutines() (all map[string]string, loops int) {
+// goroutines returns the stacks of all goroutines by "goroutine N".
+func goroutines() map[string]string {
 	buf := make([]byte, 1<<20)
 	for {
 		n := runtime.Stack(buf, true)
@@ -103,18 +104,24 @@ func moduleGoroutines() (all map[string]string, loops int) {
 		}
 		buf = make([]byte, 2*len(buf))
 	}
-	all = make(map[string]string)
+	all := make(map[string]string)
 	for _, g := range bytes.Split(buf, []byte("\n\n")) {
-		name, _, ok := bytes.Cut(g, []byte(" ["))
-		switch {
-		case !ok || !bytes.Contains(g, []byte(module)):
-		case bytes.Contains(g, []byte(module+"/relay.(*loop).run(")):
-			loops++
-		default:
+		if name, _, ok := bytes.Cut(g, []byte(" [")); ok {
 			all[string(name)] = string(g)
 		}
 	}
-	return all, loops
+	return all
+}
+
+// takeLoops takes the relay's loops out of all, and returns how many there are.
+func takeLoops(all map[string]string) (loops int) {
+	for name, g := range all {
+		if strings.Contains(g, module+"/relay.(*loop).run(") {
+			delete(all, name)
+			loops++
+		}
+	}
+	return loops
 }
 
 // openFiles returns the descriptors of the process by number and target; none where there is no /proc.
