@@ -52,9 +52,10 @@ func (h *HTTP) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, error)
 	if err != nil {
 		return nil, fmt.Errorf("outbound: %s %v: proxy unreachable: %w", scheme, h.Server, err)
 	}
-	// The end of ctx closes the conn, which interrupts the handshake. A deadline would have to be taken
-	// off again, and conns inside SSH have none.
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	// The end of ctx breaks the conn off, which interrupts the handshake. A deadline would have to be taken
+	// off again, and conns inside SSH have none. It is a reset, for a proxy that sees a clean end may take
+	// it for a half-close by somebody who still waits, and go on dialling dst.
+	stop := context.AfterFunc(ctx, func() { relay.Abort(conn) })
 	tunnel, err := h.handshake(conn, dst)
 	if !stop() {
 		err = fmt.Errorf("no answer for %v: %w", dst, context.Cause(ctx)) // and not that the conn was closed

@@ -8,6 +8,7 @@ import (
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/socks5"
+	"github.com/sluice-proxy/sluice/relay"
 )
 
 // SOCKS5 opens streams through a SOCKS5 proxy, RFC 1928. Names are resolved by that proxy.
@@ -39,9 +40,10 @@ func (s *SOCKS5) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, erro
 	if err != nil {
 		return nil, fmt.Errorf("outbound: socks5 %v: proxy unreachable: %w", s.Server, err)
 	}
-	// The end of ctx closes the conn, which interrupts the handshake. A deadline would have to be taken
-	// off again, and conns inside SSH have none.
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	// The end of ctx breaks the conn off, which interrupts the handshake. A deadline would have to be taken
+	// off again, and conns inside SSH have none. It is a reset, for a proxy that sees a clean end may take
+	// it for a half-close by somebody who still waits, and go on dialling dst.
+	stop := context.AfterFunc(ctx, func() { relay.Abort(conn) })
 	client := socks5.Client{User: s.User, Password: s.Password}
 	_, err = client.Handshake(conn, socks5.Connect, socks5.Addr{Host: dst.Host, Port: dst.Port})
 	if !stop() {
