@@ -141,12 +141,11 @@ func playUrgent(t *trial, from side) error {
 			rest := make([]byte, bulk+2)
 			far.SetReadDeadline(time.Now().Add(t.Timeout / 2))
 			n := 0
-			for n < len(rest) {
-				m, err := far.Read(rest[n:])
+			var err error
+			for n < len(rest) && err == nil {
+				var m int
+				m, err = far.Read(rest[n:])
 				n += m
-				if err != nil {
-					break
-				}
 			}
 			want := make([]byte, bulk)
 			newPattern(2).Read(want)
@@ -157,7 +156,7 @@ func playUrgent(t *trial, from side) error {
 				t.note("the urgent byte arrives in line")
 				return nil
 			}
-			return far.errorf("got %d wrong bytes after the urgent byte, not %d right ones", n, bulk)
+			return far.errorf("got %d bytes after the urgent byte, not %d right ones, then: %w", n, bulk, err)
 		},
 	)
 }
