@@ -30,7 +30,7 @@ var layers = [][]string{
 	{"internal/inbound", "internal/outbound", "internal/route", "internal/netstack", "internal/admin"},
 	{"internal/config"},
 	{"cmd/sluice"},
-	{"bench", "test/e2e", "test/noskip"},
+	{"bench", "test/conform", "test/e2e", "test/noskip"},
 }
 
 // layerOf returns the layer of the package in dir, or -1. What is below a package's directory
