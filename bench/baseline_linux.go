@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -57,7 +56,7 @@ func serveOne(carry func(client, origin *net.TCPConn), c *net.TCPConn, origin st
 }
 
 // join is sluice's way.
-func join(c, o *net.TCPConn) { relay.Join(context.Background(), c, o) }
+func join(c, o *net.TCPConn) { new(relay.Relay).Start(c, o, nil, nil) }
 
 // iocopy is the usual relay with half-close: two io.Copy, which splice on Linux.
 func iocopy(c, o *net.TCPConn) {

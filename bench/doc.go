@@ -18,7 +18,7 @@
 // pooled and closeboth are the three usual ways to write a relay in Go: two io.Copy with half-close (the
 // standard library splices); a copy through pooled 32 KiB buffers; a copy through 16 KiB buffers that
 // closes both conns when either side ends, and so loses the reply to a half-closed request. sluice-lib
-// is relay.Join behind the same accept loop as these; sluice is the program, as `sluice forward`.
+// is Relay.Start behind the same accept loop as these; sluice is the program, as `sluice forward`.
 //
 // HAProxy stands there three times: with option splice-auto, as its manual suggests; with splicing
 // always on, since the automatic choice often stays with copying here (strace shows it); and with pipes

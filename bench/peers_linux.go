@@ -54,7 +54,7 @@ func allPeers(k *kit) []peer {
 		{name: "iocopy", about: "Go, two io.Copy with half-close (splice)", start: baseline("iocopy")},
 		{name: "pooled", about: "Go, copy through pooled 32 KiB, no splice", start: baseline("pooled")},
 		{name: "closeboth", about: "Go, copy through pooled 16 KiB, first end closes both", start: baseline("closeboth")},
-		{name: "sluice-lib", about: "relay.Join behind net.Listener and net.Dial", start: baseline("relay")},
+		{name: "sluice-lib", about: "relay.Start behind net.Listener and net.Dial", start: baseline("relay")},
 		{name: "sluice", about: "sluice forward --log-level warn (none of the relays logs its sessions)", start: sluice},
 	}
 }

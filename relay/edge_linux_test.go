@@ -63,7 +63,7 @@ func TestSpliceIsNotEndedByAnUrgentMark(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { l.pipes.closeAll(); unix.Close(l.epfd); unix.Close(l.wakefd) }()
+	defer func() { l.pipes.trim(); unix.Close(l.epfd); unix.Close(l.wakefd) }()
 	ended := make(chan Result, 1)
 	p := &kpair{m: newMachine(), relay: new(Relay), stats: new(Stats), done: func(r Result) { ended <- r }, start: clock()}
 	sockets := [2]*Socket{asSocket(ra), asSocket(rb)}

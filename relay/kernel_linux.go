@@ -382,13 +382,15 @@ func (p *kpair) take(l *loop, s Side, w *kway, src *kside, moved, limit int) (n 
 }
 
 func (p *kpair) takeCopy(l *loop, s Side, w *kway, src *kside, limit int) (n int, err error) {
-	if l.buf == nil {
-		l.buf = largeBuffers.Get().(*[largeSize]byte)
+	if w.buf == nil {
+		if w.buf = l.buffers.get(); w.buf == nil {
+			return 0, unix.ENOMEM
+		}
 	}
-	b := l.buf[:min(limit, len(l.buf))]
+	b := w.buf[:min(limit, len(w.buf))]
 	n, err = rawRead(int(src.fd), b)
 	switch {
-	case n == len(b) && n < len(l.buf): // as much as is allowed
+	case n == len(b) && n < len(w.buf): // as much as is allowed
 	case n == len(b):
 		if w.full++; w.full >= spliceAfter && !src.urgent {
 			p.setSplice(s, true)
@@ -402,10 +404,7 @@ func (p *kpair) takeCopy(l *loop, s Side, w *kway, src *kside, limit int) (n int
 	case err == unix.EAGAIN:
 		src.readable = false
 	}
-	if n > 0 {
-		w.buf, w.off, w.n = l.buf, 0, int32(n)
-		l.buf = nil
-	}
+	w.off, w.n = 0, int32(n)
 	return n, err
 }
 
@@ -478,11 +477,7 @@ func (w *kway) holds() bool {
 func (w *kway) release(l *loop) {
 	w.head = nil
 	if w.buf != nil {
-		if l.buf == nil {
-			l.buf = w.buf
-		} else {
-			largeBuffers.Put(w.buf)
-		}
+		l.buffers.put(w.buf)
 		w.buf, w.off, w.n = nil, 0, 0
 	}
 	if w.pipe != nil {

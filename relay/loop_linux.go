@@ -36,7 +36,7 @@ type loop struct {
 	nextSlow   int64
 	busyPoll   atomic.Int64 // how long to go on asking, in nanoseconds
 	ready      []*kpair     // pairs that have used up their turn and have more to do
-	buf        *[largeSize]byte
+	buffers    buffers
 	pipes      pipes
 	batch      []happening
 	turn       []posted
@@ -260,7 +260,8 @@ func (l *loop) run() {
 		l.runReady()
 		wait.worked = n > 0
 	}
-	l.pipes.closeAll()
+	l.buffers.trim(0)
+	l.pipes.trim()
 	unix.Close(l.epfd)
 	unix.Close(l.wakefd)
 }
@@ -340,6 +341,8 @@ func (l *loop) wait(t *waiting) int {
 		}
 		timeout -= busyWait
 	}
+	l.buffers.trim(1)
+	l.pipes.trim()
 	n := l.epoll(timeout, false)
 	t.slept = mayEnd && n == 0
 	return n

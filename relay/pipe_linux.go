@@ -11,7 +11,7 @@ type pipe struct {
 
 const (
 	pipeSize  = 1 << 20 // wanted; less where the kernel's limit for unprivileged users is reached
-	pipesKept = 2       // empty pipes that a loop keeps for the next direction
+	pipesKept = 2       // empty pipes that a busy loop keeps for the next direction; an idle one keeps none
 	pipesMax  = 64      // pipes that a loop has at a time: a stalled reader keeps one, with what it holds
 )
 
@@ -60,11 +60,13 @@ func (ps *pipes) put(p *pipe) {
 	ps.made--
 }
 
-func (ps *pipes) closeAll() {
+// trim closes the pipes that are not in use.
+func (ps *pipes) trim() {
 	for _, p := range ps.free {
 		p.close()
 	}
-	ps.free = nil
+	ps.made -= len(ps.free)
+	ps.free = ps.free[:0]
 }
 
 func (p *pipe) close() {

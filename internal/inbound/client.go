@@ -31,6 +31,13 @@ type client struct {
 // Conn returns the bare conn, to be watched or, by Accept, to be given away.
 func (c *client) Conn() net.Conn { return c.bare }
 
+// give gives the bare conn away, for as long as the session lasts: nothing of it is kept here.
+func (c *client) give() net.Conn {
+	conn := c.bare
+	c.bare = nil
+	return conn
+}
+
 // reader returns a reader of head and then of the conn. What is left of head after its last Read
 // is in c.head.
 func (c *client) reader() io.Reader { return (*clientReader)(c) }
@@ -127,8 +134,12 @@ func (c *client) hangUp() {
 	io.CopyN(io.Discard, c.bare, hangUpBytes)
 }
 
-// abort closes the conn with a reset.
-func (c *client) abort() { relay.Abort(c.bare) }
+// abort closes the conn with a reset, if it has not been given away.
+func (c *client) abort() {
+	if c.bare != nil {
+		relay.Abort(c.bare)
+	}
+}
 
 // addrPort returns a's IP address and port, IPv4 as such; zero for a Unix socket.
 func addrPort(a net.Addr) netip.AddrPort {

@@ -72,14 +72,14 @@ type forwardPending struct {
 // Accept gives the bare conn away. The client need not be told anything.
 func (p *forwardPending) Accept() (net.Conn, []byte, error) {
 	if p.sendProxy == 0 {
-		return p.Conn(), p.head, nil
+		return p.give(), p.head, nil
 	}
 	head, err := proxyHeader(p.sendProxy, p.peer, p.local)
 	if err != nil {
 		p.abort()
 		return nil, nil, fmt.Errorf("inbound: PROXY header: %w", err)
 	}
-	return p.Conn(), append(head, p.head...), nil
+	return p.give(), append(head, p.head...), nil
 }
 
 // Reject resets the client's conn.

@@ -69,7 +69,7 @@ func (p *socks5Pending) Accept() (net.Conn, []byte, error) {
 		p.Close()
 		return nil, nil, fmt.Errorf("inbound: %w", err)
 	}
-	return p.Conn(), p.head, nil
+	return p.give(), p.head, nil
 }
 
 // Reject implements [proxy.Pending].
