@@ -105,6 +105,7 @@ func TestReasonOf(t *testing.T) {
 		{nil, Done},
 		{relay.ErrIdle, Idle},
 		{relay.ErrHalfOpen, HalfOpen},
+		{relay.ErrQuota, Denied},
 		{context.Canceled, Canceled},
 		{ErrStopped, Canceled},
 		{&canceledError{syscall.ECONNRESET}, Canceled},

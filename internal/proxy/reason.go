@@ -90,6 +90,7 @@ var reasonErrors = []struct {
 }{
 	{relay.ErrIdle, Idle},
 	{relay.ErrHalfOpen, HalfOpen},
+	{relay.ErrQuota, Denied},
 	{context.Canceled, Canceled},
 	{ErrStopped, Canceled},
 	{context.DeadlineExceeded, Timeout},
