@@ -44,6 +44,11 @@ func (o *options) addShared(fs *pflag.FlagSet) {
 	fs.Var((*networksValue)(&o.in.Allow), "allow", "let in clients from this `network` only; repeat for more")
 	fs.Var((*networksValue)(&o.in.Deny), "deny", "refuse clients from this `network`; repeat for more")
 	fs.IntVar(&o.in.MaxConns, "max-conns", 0, "at most `n` sessions at a time")
+	fs.Var(&textValue{&o.in.RatePerSession}, "rate-per-session",
+		"pass on at this `rate` at most, each way of each session (10MB is bytes a second)")
+	fs.Var(&textValue{&o.in.Rate}, "rate", "the same `rate` for all sessions together, both ways added up")
+	fs.Var(&textValue{&o.in.QuotaPerSession}, "quota-per-session",
+		"abort a session of more than this `size`, both ways added up, as in 1GiB")
 	fs.BoolVar(&o.in.AcceptProxy, "accept-proxy", false, "clients begin with a PROXY header (v1 or v2)")
 	fs.Var(&textValue{&o.in.Mode}, "mode", "permissions of the Unix socket at LISTEN, in `octal` (default 0600)")
 	fs.Var(&textValue{&o.direct.Bind}, "bind", "connect from this local `address`")
@@ -59,6 +64,8 @@ func (o *options) addShared(fs *pflag.FlagSet) {
 	duration(&o.cfg.HandshakeTimeout, "handshake-timeout", config.DefaultHandshakeTimeout,
 		"give a client this `time` to say what it wants")
 	duration(&o.cfg.Grace, "grace", config.DefaultGrace, "on SIGTERM give sessions this `time` to end")
+	duration(&o.cfg.BusyPoll, "busy-poll", config.DefaultBusyPoll,
+		"look for more work for this `time` before sleeping, as in 50us: less delay for more CPU")
 	o.cfg.Log = config.Log{Level: "info", Format: "auto"}
 	addLog(fs, &o.cfg.Log, "")
 	fs.BoolVar(&o.printConfig, "print-config", false, "print the configuration file that says the same, and exit")

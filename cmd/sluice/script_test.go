@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 // TestScripts runs testdata/*.txt. They drive the program as a user does, with these commands beside
 // testscript's own:
 //
-//	origin NAME           starts an HTTP origin and sets $NAME to its address
+//	origin NAME           starts an HTTP origin and sets $NAME to its address; /bytes/N there is N bytes
 //	echo-origin NAME      the same, of an origin that sends back what it gets
 //	start NAME ARG...     starts sluice with ARG..., waits until it listens, and sets $NAME to its first
 //	                      address, $NAME_2 to its second; it writes to the files NAME.out and NAME.err
@@ -111,6 +111,11 @@ func httpOrigin(ts *testscript.TestScript, neg bool, args []string) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	ts.Check(err)
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if n, err := strconv.Atoi(strings.TrimPrefix(r.URL.Path, "/bytes/")); err == nil {
+			io.Copy(io.Discard, r.Body)
+			w.Write(make([]byte, n))
+			return
+		}
 		fmt.Fprintf(w, "%s says hello to %s\n", args[0], r.URL.Path)
 	})}
 	go server.Serve(ln)

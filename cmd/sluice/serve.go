@@ -87,7 +87,7 @@ func listen(ctx context.Context, c *config.Config, bounds []config.Bound, log *s
 			continue
 		}
 		services = append(services, &service{b, &proxy.Engine{
-			Router: b.Router, Relay: c.Relay(), DialTimeout: c.DialTimeout.Wait(), Log: log,
+			Router: b.Router, Relay: b.Relay, DialTimeout: c.DialTimeout.Wait(), Log: log,
 		}})
 	}
 	if len(errs) > 0 {

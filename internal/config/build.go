@@ -19,11 +19,7 @@ type Bound struct {
 	Name    string
 	Inbound proxy.Inbound
 	Router  proxy.Router
-}
-
-// Relay returns the settings of the relay.
-func (c *Config) Relay() relay.Relay {
-	return relay.Relay{Idle: c.Idle.Limit(), HalfOpen: c.HalfOpen.Limit()}
+	Relay   relay.Relay // how its sessions are relayed
 }
 
 // Build makes the parts that c describes. It fills c, and reads the files and environment variables
@@ -91,7 +87,27 @@ func (b *builder) inbound(in *Inbound, path string) Bound {
 			b.errs.add(path+key, "%w", err)
 		}
 	}
-	return Bound{in.Name, inboundTypeOf(in.Type).build(in, l, users), b.route(in.Via, path+".via")}
+	return Bound{
+		Name:    in.Name,
+		Inbound: inboundTypeOf(in.Type).build(in, l, users),
+		Router:  b.route(in.Via, path+".via"),
+		Relay:   b.relay(in),
+	}
+}
+
+// relay returns the settings for the relays of an inbound.
+func (b *builder) relay(in *Inbound) relay.Relay {
+	r := relay.Relay{
+		Idle:     b.c.Idle.Limit(),
+		HalfOpen: b.c.HalfOpen.Limit(),
+		Rate:     int64(in.RatePerSession),
+		Quota:    int64(in.QuotaPerSession),
+		BusyPoll: b.c.BusyPoll.Wait(),
+	}
+	if in.Rate > 0 {
+		r.Shared = relay.NewLimiter(int64(in.Rate))
+	}
+	return r
 }
 
 // route builds the chain of hops, each dialled through the one before.

@@ -14,6 +14,7 @@ import (
 	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/proxytest"
+	"github.com/sluice-proxy/sluice/relay"
 )
 
 // writeFile writes a file that only its owner can read, beside the configuration in dir.
@@ -133,14 +134,34 @@ inbounds:
 	}
 }
 
-// TestRelaySettings: off is negative for the relay, whose zero is the default.
+// TestRelaySettings: off is negative for the idle limits of the relay, whose zero is the default, and
+// zero for all else. The limits of one inbound are no other's.
 func TestRelaySettings(t *testing.T) {
-	c, err := Load("s", []byte("idle: off\nhalf-open: 1m\ninbounds: [{type: mixed, listen: 1}]"))
-	if err != nil {
-		t.Fatal(err)
+	bounds := build(t, t.TempDir(), `
+idle: off
+half-open: 1m
+inbounds:
+  - {type: mixed, listen: 1}
+  - {type: mixed, listen: 2, rate-per-session: 1MB, quota-per-session: 1KiB}
+  - {type: mixed, listen: 3, rate: 2MB}
+  - {type: mixed, listen: 4, rate: 2MB}
+`, nil)
+	for i, want := range []relay.Relay{{}, {Rate: 1e6, Quota: 1024}, {}, {}} {
+		got := bounds[i].Relay
+		if (got.Shared != nil) != (i >= 2) {
+			t.Errorf("inbounds[%d]: shared limit %v", i, got.Shared)
+		}
+		got.Shared, want.Idle, want.HalfOpen = nil, got.Idle, time.Minute
+		if got != want || got.Idle >= 0 {
+			t.Errorf("inbounds[%d]: got %+v, want %+v", i, got, want)
+		}
 	}
-	if r := c.Relay(); r.Idle >= 0 || r.HalfOpen != time.Minute {
-		t.Errorf("%+v", r)
+	if bounds[2].Relay.Shared == bounds[3].Relay.Shared {
+		t.Error("two inbounds share a limit")
+	}
+	polling := build(t, t.TempDir(), "busy-poll: 50us\ninbounds: [{type: mixed, listen: 1}]", nil)
+	if got := polling[0].Relay.BusyPoll; got != 50*time.Microsecond {
+		t.Errorf("busy poll %v", got)
 	}
 }
 

@@ -28,6 +28,7 @@ const (
 	DefaultDialTimeout      = Duration(10 * time.Second)
 	DefaultHandshakeTimeout = Duration(10 * time.Second)
 	DefaultGrace            = Duration(30 * time.Second)
+	DefaultBusyPoll         = Off
 	DefaultIdle             = Duration(relay.DefaultIdle)
 	DefaultHalfOpen         = Duration(relay.DefaultHalfOpen)
 )
@@ -49,6 +50,7 @@ type Config struct {
 	DialTimeout      Duration `yaml:"dial-timeout"`      // to reach a destination, all hops together
 	HandshakeTimeout Duration `yaml:"handshake-timeout"` // for a client to say what it wants
 	Grace            Duration `yaml:"grace"`             // for sessions to end after a stop was asked for
+	BusyPoll         Duration `yaml:"busy-poll"`         // how long to look for more work before sleeping
 
 	Inbounds  []Inbound  `yaml:"inbounds"`
 	Outbounds []Outbound `yaml:"outbounds"`
@@ -78,6 +80,10 @@ type Inbound struct {
 	Allow       []Prefix `yaml:"allow"`        // clients let in; empty: all
 	Deny        []Prefix `yaml:"deny"`         // clients refused although allowed
 	MaxConns    int      `yaml:"max-conns"`    // sessions at a time; 0: no limit
+
+	RatePerSession  Rate `yaml:"rate-per-session"`  // what each direction of a session may pass on; 0: no limit
+	Rate            Rate `yaml:"rate"`              // what all sessions may pass on, both directions; 0: no limit
+	QuotaPerSession Size `yaml:"quota-per-session"` // what a session may pass on, both directions; 0: no limit
 }
 
 // Outbound is one way out. Which of its fields apply depends on Type: see [OutboundTypes].
@@ -130,7 +136,7 @@ func (d Duration) String() string {
 	if d < 0 {
 		return "off"
 	}
-	s := time.Duration(d).String()
+	s := strings.ReplaceAll(time.Duration(d).String(), "µ", "u")
 	if strings.HasSuffix(s, "m0s") {
 		s = strings.TrimSuffix(s, "0s")
 	}

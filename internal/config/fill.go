@@ -5,9 +5,13 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
 )
+
+// maxBusyPoll is where the relay cuts: longer, a sleep costs less than it delays.
+const maxBusyPoll = Duration(time.Millisecond)
 
 // Fill sets what was not given to its default and checks the whole. The error joins one [*Error] for
 // each thing that is wrong. Load has called it already; it may be called again.
@@ -31,11 +35,15 @@ func (c *Config) fill(l *errorList) {
 	setDefault(&c.DialTimeout, DefaultDialTimeout)
 	setDefault(&c.HandshakeTimeout, DefaultHandshakeTimeout)
 	setDefault(&c.Grace, DefaultGrace)
+	setDefault(&c.BusyPoll, DefaultBusyPoll)
 	if c.DialTimeout < 0 {
 		l.add("dial-timeout", "cannot be switched off: a destination that never answers would hold its client for ever")
 	}
 	if c.HandshakeTimeout < 0 {
 		l.add("handshake-timeout", "cannot be switched off: clients that never say what they want would pile up")
+	}
+	if c.BusyPoll > maxBusyPoll {
+		l.add("busy-poll", "%v is too long: %v at most, and 50us is a good value", c.BusyPoll, maxBusyPoll)
 	}
 
 	if len(c.Inbounds) == 0 && !l.src.has("inbounds") {

@@ -303,7 +303,7 @@ func didYouMean(word string, candidates []string) string {
 	switch {
 	case best != "":
 		return fmt.Sprintf(" (did you mean %s?)", best)
-	case len(candidates) > 0 && len(candidates) <= 8:
+	case len(candidates) > 0 && len(candidates) <= 10:
 		return fmt.Sprintf(" (known: %s)", strings.Join(candidates, ", "))
 	}
 	return ""

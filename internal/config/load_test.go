@@ -95,6 +95,10 @@ func TestValues(t *testing.T) {
 		{"half-open", c.HalfOpen.String(), "off"},
 		{"half-open limit", c.HalfOpen.Limit().String(), "-1ns"},
 		{"grace 0", c.Grace.Wait().String(), "0s"},
+		{"busy-poll", c.BusyPoll.String(), "50us"}, // not the Greek letter
+		{"rate-per-session", c.Inbounds[0].RatePerSession.String(), "10MB/s"},
+		{"rate", c.Inbounds[0].Rate.String(), "100MiB/s"},
+		{"quota-per-session", c.Inbounds[0].QuotaPerSession.String(), "1GiB"},
 		{"listen 8080", c.Inbounds[0].Listen.String(), "127.0.0.1:8080"},
 		{"an address among networks", c.Inbounds[0].Allow[1].String(), "192.0.2.7/32"},
 		{"default name", c.Inbounds[1].Name, "socks5@:1080"},
@@ -126,6 +130,7 @@ func TestDefaults(t *testing.T) {
 		DialTimeout:      Duration(10 * time.Second),
 		HandshakeTimeout: Duration(10 * time.Second),
 		Grace:            Duration(30 * time.Second),
+		BusyPoll:         Off,
 		Inbounds: []Inbound{{Name: "mixed@127.0.0.1:1080", Type: "mixed",
 			Listen: Listen{Network: "tcp", Host: "127.0.0.1", Port: 1080}}},
 	}
@@ -159,6 +164,7 @@ dial-timeout: 0      # dial-timeout: cannot be switched off: a destination that 
 handshake-timeout: off # handshake-timeout: cannot be switched off: clients that never say what they want would pile up
 grace: [1s]          # grace: expected one value, found a list
 grace: 1s            # grace: given twice: first on line 8
+busy-poll: 5ms       # busy-poll: 5ms is too long: 1ms at most, and 50us is a good value
 inbounds:            # inbounds: has no value: give one or remove the key
 `, ""},
 		{"log", `
@@ -192,6 +198,9 @@ inbounds:
   listen: 127.0.0.1:1080 # inbounds[5].listen: 127.0.0.1:1080 is taken by inbounds[4]
   allow: 10.0.0.0/8 # inbounds[5].allow: expected a list (as in [10.0.0.0/8]), found "10.0.0.0/8"
   deny: []          # inbounds[5].deny: the list is empty: give a value or remove the key
+  rate: 10Mbit      # inbounds[5].rate: "10Mbit" is not a rate in bytes a second (a whole number with a unit, as in 500kB, 10MB, 1GiB)
+  rate-per-session: 0MB/s # inbounds[5].rate-per-session: "0MB/s" is not more than zero (leave it out for no limit)
+  quota-per-session: 1GB/s # inbounds[5].quota-per-session: "1GB/s" is not a size (a whole number with a unit, as in 500kB, 10MB, 1GiB)
 - type: http
   name: x           # inbounds[6].name: x is the name of entry 5, too
   listen: 1081
@@ -332,7 +341,7 @@ func TestErrorsInOrder(t *testing.T) {
 	want := "s.yaml:2: inbounds[0].type: unknown type \"x\" (known: forward, socks5, http, mixed)\n" +
 		"s.yaml:3: inbounds[0].listen: address \"y\": missing port (as in y:80)\n" +
 		"s.yaml:4: inbounds[1].type: unknown type \"z\" (known: forward, socks5, http, mixed)\n" +
-		"s.yaml:5: foo: unknown key (known: log, idle, half-open, dial-timeout, handshake-timeout, grace, inbounds, outbounds)"
+		"s.yaml:5: foo: unknown key (known: log, idle, half-open, dial-timeout, handshake-timeout, grace, busy-poll, inbounds, outbounds)"
 	if err == nil || err.Error() != want {
 		t.Errorf("got\n%v\nwant\n%s", err, want)
 	}

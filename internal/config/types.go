@@ -29,10 +29,11 @@ var outboundTypes = []outboundType{
 
 // The keys that several types share.
 const (
-	inboundKeys  = "name type listen mode accept-proxy via allow deny max-conns" // every inbound
-	usersKeys    = "users-file users-env open"                                   // every proxy
-	outboundKeys = "name type"                                                   // every outbound
-	serverKeys   = "user password-file password-env via"                         // every upstream proxy
+	inboundKeys = "name type listen mode accept-proxy via allow deny max-conns " +
+		"rate-per-session rate quota-per-session" // every inbound
+	usersKeys    = "users-file users-env open"           // every proxy
+	outboundKeys = "name type"                           // every outbound
+	serverKeys   = "user password-file password-env via" // every upstream proxy
 )
 
 type inboundType struct {
