@@ -32,10 +32,10 @@ func (p *program) announce(c *config.Config, services []*service) {
 	if len(hops) > 0 {
 		line += " via " + strings.Join(hops, ", ")
 	}
-	fmt.Fprintln(p.stdout, line)
 	if try := tryIt(in, at); try != "" {
-		fmt.Fprintln(p.stdout, "Try it:  "+try)
+		line += "\nTry it:  " + try
 	}
+	fmt.Fprintln(p.stdout, line) // at once, for who waits for the first line
 }
 
 // tryIt returns a command to copy, or nothing.
