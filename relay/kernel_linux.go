@@ -80,7 +80,12 @@ func startKernel(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, 
 	sockets := [2]*Socket{asSocket(a), asSocket(b)}
 	st.engine.Store(uint32(Kernel))
 	p := &kpair{m: newMachine(), relay: r, stats: st, gov: newGovernor(r), done: done, start: clock()}
-	p.ways[A].head, p.ways[B].head = heads[A], heads[B]
+	for s, head := range heads {
+		if p.gov != nil {
+			head = head[:p.gov.charge(Side(s), len(head))] // beyond the quota; the next byte to come ends the pair
+		}
+		p.ways[s].head = head
+	}
 	if sockets[A] == nil || sockets[B] == nil || p.enter(sockets) != nil {
 		st.engine.Store(uint32(None))
 		for i, s := range sockets {
@@ -330,8 +335,8 @@ func (p *kpair) flow(l *loop, s Side) {
 			}
 		}
 		n, err := p.take(l, s, w, src, moved, limit)
-		if p.gov != nil {
-			p.gov.charge(s, n)
+		if p.gov != nil && !probe {
+			p.gov.charge(s, n) // the quota is exact: both directions have one goroutine
 		}
 		switch {
 		case n > 0 && probe:
@@ -586,7 +591,7 @@ func (p *kpair) timeUp(l *loop) {
 		return
 	}
 	for s := A; s <= B; s++ { // what waits for a slow reader is no silence
-		if n, _ := unsent(int(p.sides[s].fd)); n > 0 || p.ways[s].holds() {
+		if n, _ := unsent(int(p.sides[s].fd)); n > 0 || p.ways[s].holds() || p.slow {
 			p.last = l.now
 			p.setTimer(l)
 			return

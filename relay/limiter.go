@@ -32,19 +32,14 @@ func (l *Limiter) allowed(now int64) int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	burst := max(l.rate/10, 1)
-	for t := now - l.last; t > 0; {
-		step := min(t, int64(time.Second)) // so that the product stays in range
-		add := int64(float64(l.rate) * float64(step) / float64(time.Second))
-		if add == 0 && l.left < burst {
-			break // too little time to count; it stays on the clock
-		}
-		l.left = min(l.left+add, burst)
-		l.last += step
-		if t -= step; l.left == burst {
-			l.last = now
-			break
-		}
-	}
+	// In floating point, as the product of a high rate and a long silence is in no integer's range.
+	switch add := float64(l.rate) * float64(now-l.last) / float64(time.Second); {
+	case add >= float64(burst-l.left):
+		l.left, l.last = burst, now
+	case add >= 1:
+		l.left += int64(add)
+		l.last = now
+	} // else it is too little to count, and stays on the clock
 	return l.left
 }
 
@@ -109,8 +104,9 @@ func (g *governor) allowed(s Side, max int, now int64) (n int, probe bool) {
 	return int(left), false
 }
 
-// charge counts n bytes read from s.
-func (g *governor) charge(s Side, n int) {
+// charge counts n bytes read from s and returns how many of them may be passed on: fewer, where the other
+// direction has used up the quota meanwhile.
+func (g *governor) charge(s Side, n int) int {
 	if l := g.ways[s]; l != nil {
 		l.charge(n)
 	}
@@ -119,7 +115,9 @@ func (g *governor) charge(s Side, n int) {
 	}
 	if g.limit > 0 {
 		g.mu.Lock()
+		defer g.mu.Unlock()
+		n = int(min(int64(n), g.limit-g.moved))
 		g.moved += int64(n)
-		g.mu.Unlock()
 	}
+	return n
 }

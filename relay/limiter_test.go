@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
+	"net"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -45,6 +47,36 @@ func TestLimiterStartsEmptyAndHoldsLittle(t *testing.T) {
 	}
 	if n := l.allowed(int64(1000*time.Hour + 1050*time.Millisecond)); n <= 0 {
 		t.Error("paid, and allows", n)
+	}
+}
+
+func TestLimiterOfAnyRateStaysInRange(t *testing.T) {
+	for _, rate := range []int64{math.MaxInt64, math.MaxInt64 / 10, 1} {
+		l := NewLimiter(rate)
+		l.last = 0
+		for _, now := range []int64{0, int64(200 * time.Millisecond), int64(1400 * time.Millisecond), math.MaxInt64} {
+			if n := l.allowed(now); n < 0 || n > max(rate/10, 1) {
+				t.Errorf("rate %d at %d: %d", rate, now, n)
+			}
+		}
+	}
+}
+
+func TestQuotaIsExactBothWays(t *testing.T) {
+	for _, portable := range []bool{false, true} {
+		client, ra := tcpPair(t)
+		rb, origin := tcpPair(t)
+		result := make(chan Result, 1)
+		r := &Relay{Quota: 1 << 20, Portable: portable}
+		go func() { result <- r.Join(context.Background(), WithHead(ra, make([]byte, 1000)), rb, nil) }()
+		for _, c := range []net.Conn{client, origin} {
+			go io.CopyN(c, zeros{}, 1<<20)
+			go io.Copy(io.Discard, c)
+		}
+		res := <-result
+		if n := res.AToB.Bytes + res.BToA.Bytes; n > 1<<20 || !errors.Is(res.Err(), ErrQuota) {
+			t.Errorf("portable=%v: %d bytes of %d, %v", portable, n, 1<<20, res)
+		}
 	}
 }
 

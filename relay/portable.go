@@ -285,6 +285,9 @@ func (p *pair) copy(s Side) event {
 	src, dst := p.sides[s], p.sides[s.other()]
 	if head := p.heads[s]; len(head) > 0 {
 		p.heads[s] = nil
+		if p.gov != nil && p.gov.charge(s, len(head)) < len(head) {
+			return event{evExceeded, s, ErrQuota}
+		}
 		if err := p.write(s, dst, head); err != nil {
 			return event{evWriteErr, s, err}
 		}
@@ -297,14 +300,16 @@ func (p *pair) copy(s Side) event {
 			rd.limit, probe = p.allowed(s)
 		}
 		b, err := rd.read()
-		if p.gov != nil {
-			p.gov.charge(s, len(b))
+		exceeds := probe && len(b) > 0
+		if p.gov != nil && !probe {
+			n := p.gov.charge(s, len(b))
+			b, exceeds = b[:n], n < len(b)
 		}
 		if p.stopped[s].Load() {
 			return event{evReadErr, s, io.ErrClosedPipe} // nobody listens any more
 		}
-		if probe && len(b) > 0 {
-			return event{evExceeded, s, ErrQuota}
+		if probe {
+			b = b[:0]
 		}
 		if len(b) > 0 {
 			if err != nil && err != io.EOF {
@@ -315,6 +320,8 @@ func (p *pair) copy(s Side) event {
 			}
 		}
 		switch {
+		case exceeds:
+			return event{evExceeded, s, ErrQuota}
 		case err == io.EOF:
 			if src.wasReset() {
 				return event{evReadErr, s, errReset}
@@ -333,8 +340,10 @@ func (p *pair) allowed(s Side) (n int, probe bool) {
 	for {
 		n, probe = p.gov.allowed(s, largeSize, clock())
 		if n > 0 || p.stopped[s].Load() {
+			p.waiting[s].Store(false)
 			return max(n, 1), probe
 		}
+		p.waiting[s].Store(true) // being held back is no silence
 		time.Sleep(throttleTick)
 	}
 }

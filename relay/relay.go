@@ -82,7 +82,7 @@ var (
 // Relay holds the settings of a relay. The zero value is ready to use. A Relay may be used by many
 // joins at a time and must not be changed while one runs.
 type Relay struct {
-	// Idle is how long Neither direction may move a byte while both are open; then both conns are
+	// Idle is how long neither direction may move a byte while both are open; then both conns are
 	// aborted. Zero is DefaultIdle, negative is no limit.
 	Idle time.Duration
 
@@ -103,8 +103,8 @@ type Relay struct {
 	// each added up. Nil is none.
 	Shared *Limiter
 
-	// Quota is how many bytes the relay may pass on, both directions added up; then both conns are
-	// aborted. Zero is no limit.
+	// Quota is how many bytes the relay may pass on, both directions added up. A byte that comes
+	// beyond it is not passed on, and both conns are aborted. Zero is no limit.
 	Quota int64
 
 	// BusyPoll is how long the loop that carries the relay goes on asking for events, after it
