@@ -2,12 +2,9 @@ package relaytest
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io"
 	"net"
 	"runtime"
-	"sync"
 	"time"
 )
 
@@ -114,112 +111,4 @@ func (l Leg) relayed(c net.Conn) io.ReadWriteCloser {
 		return c
 	}
 	return l.Relayed(c)
-}
-
-// Dialed is the bed of a relay that already runs: connections are dialled through it and accepted
-// as its origin. Connections are opened one after the other, so that the two ends belong together.
-type Dialed struct {
-	// Origin accepts what the relay dials. It belongs to the caller.
-	Origin net.Listener
-	// Dial opens a connection through the relay to origin, Origin's address, and does the relay's
-	// handshake if it has one. It returns the conn bare, with nothing of the stream read.
-	Dial func(ctx context.Context, origin net.Addr) (net.Conn, error)
-	// ClientCaps and OriginCaps are what the legs carry. Zero is what TCP does.
-	ClientCaps, OriginCaps Caps
-	// Meter measures the relay: [InProcess], or one of yours. Nil leaves out what needs that.
-	Meter Meter
-
-	mu sync.Mutex
-}
-
-// Forward returns a Dial for a relay that listens on an address and forwards what comes to one origin.
-func Forward(network, address string) func(context.Context, net.Addr) (net.Conn, error) {
-	return func(ctx context.Context, _ net.Addr) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, network, address)
-	}
-}
-
-// Caps implements [Bed].
-func (b *Dialed) Caps() (client, origin Caps) {
-	client, origin = b.ClientCaps, b.OriginCaps
-	if client == 0 {
-		client = tcpCaps
-	}
-	if origin == 0 {
-		origin = tcpCaps
-	}
-	return client, origin
-}
-
-// CPU implements [Meter].
-func (b *Dialed) CPU() (time.Duration, error) {
-	if b.Meter == nil {
-		return 0, errors.ErrUnsupported
-	}
-	return b.Meter.CPU()
-}
-
-// Held implements [Meter].
-func (b *Dialed) Held() (descriptors, goroutines int, err error) {
-	if b.Meter == nil {
-		return -1, -1, errors.ErrUnsupported
-	}
-	return b.Meter.Held()
-}
-
-// Open implements [Bed].
-func (b *Dialed) Open(ctx context.Context) (*Pair, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	accepted := make(chan accepting, 1)
-	go b.accept(accepted)
-	client, err := b.Dial(ctx, b.Origin.Addr())
-	if err != nil {
-		b.interrupt(accepted)
-		return nil, fmt.Errorf("relaytest: dialling through the relay: %w", err)
-	}
-	select {
-	case a := <-accepted:
-		if a.err != nil {
-			client.Close()
-			return nil, a.err
-		}
-		return &Pair{Client: client, Origin: a.conn}, nil
-	case <-time.After(dialing):
-		err = fmt.Errorf("relaytest: the relay has taken a connection and did not dial the origin %v in %v",
-			b.Origin.Addr(), dialing)
-	case <-ctx.Done():
-		err = ctx.Err()
-	}
-	client.Close()
-	b.interrupt(accepted)
-	return nil, err
-}
-
-// dialing is how long a relay may take to dial the origin.
-const dialing = 5 * time.Second
-
-type accepting struct {
-	conn net.Conn
-	err  error
-}
-
-func (b *Dialed) accept(to chan<- accepting) {
-	c, err := b.Origin.Accept()
-	to <- accepting{c, err}
-}
-
-// interrupt ends an accept whose connection did not come, and closes one that came too late.
-func (b *Dialed) interrupt(accepted <-chan accepting) {
-	d, ok := b.Origin.(interface{ SetDeadline(time.Time) error })
-	if !ok {
-		b.Origin.Close()
-	} else {
-		d.SetDeadline(time.Now())
-		defer d.SetDeadline(time.Time{})
-	}
-	if a := <-accepted; a.err == nil {
-		a.conn.Close()
-	}
 }

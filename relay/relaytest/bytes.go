@@ -10,28 +10,34 @@ func byteScenarios() []Scenario {
 	s := either(Scenario{
 		Name:    "bytes",
 		Meaning: "all bytes arrive, in order and unchanged, whatever the sizes of the writes",
+		Harm:    "Downloads and uploads arrive damaged, or stop short.",
 	}, 0, 0, playBytes)
 	s = append(s, Scenario{
 		Name:    "bytes/both-ways",
 		Meaning: "bytes move both ways at a time",
+		Harm:    "Protocols that talk both ways at a time (SSH, HTTP/2, database replication) break or hang.",
 		play:    playBothWays,
 	})
 	s = append(s, either(Scenario{
 		Name:    "one-byte-writes",
 		Meaning: "a single byte arrives at once and does not wait for more",
+		Harm:    "Keys typed in a terminal session appear late, or in lumps.",
 	}, 0, 0, playOneByteWrites)...)
 	s = append(s, Scenario{
 		Name:    "origin-first",
 		Meaning: "an origin that speaks first (SMTP, SSH, MySQL) is heard before the client has said a word",
+		Harm:    "Mail, SSH and MySQL clients wait for a greeting that the relay holds back, and time out.",
 		play:    playOriginFirst,
 	})
 	s = append(s, either(Scenario{
 		Name:    "urgent",
 		Meaning: "urgent data does not cut the stream: all bytes before and after it arrive, and the end",
+		Harm:    "A transfer that meets one byte of urgent data (telnet's or FTP's interrupt) is cut short, or hangs.",
 	}, HalfClose|Urgent, HalfClose|Urgent, playUrgent)...)
 	s = append(s, either(Scenario{
 		Name:    "write-write-read",
 		Meaning: "a request in two writes is not held back for an acknowledgement (Nagle and delayed ACK: 40 ms)",
+		Harm:    "Every small request takes 40 ms longer than it need.",
 		Level:   Should,
 	}, Buffered, Buffered, playWriteWriteRead)...)
 	return s
@@ -128,6 +134,7 @@ func playUrgent(t *trial, from side) error {
 			if err := sendUrgent(near.sock, []byte("!")); err != nil {
 				return near.errorf("could not send an urgent byte: %w", err)
 			}
+			near.event(Sent, 1, "urgent")
 			time.Sleep(20 * time.Millisecond) // so that the mark is met by a relay that waits for more
 			if err := near.pour(2, bulk); err != nil {
 				return err

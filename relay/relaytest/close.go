@@ -10,10 +10,12 @@ func closeScenarios() []Scenario {
 	s := either(Scenario{
 		Name:    "send-and-close",
 		Meaning: "what an end sends before it closes at once arrives whole, and ends cleanly, every time",
+		Harm:    "Now and then a short message or the last part of a file is lost, and nobody is told.",
 	}, 0, HalfClose, playSendAndClose)
 	s = append(s, Scenario{
 		Name:    "simultaneous-close",
 		Meaning: "when both ends send and half-close at a time, both get all, and a clean end",
+		Harm:    "When both sides finish at the same moment, one of them loses what the other said last.",
 		Client:  HalfClose,
 		Origin:  HalfClose,
 		play:    playSimultaneousClose,
@@ -21,18 +23,22 @@ func closeScenarios() []Scenario {
 	s = append(s, either(Scenario{
 		Name:    "early-response",
 		Meaning: "a reply and an end arrive while the upload goes on, and the upload is not cut by it",
+		Harm:    "An origin that answers before the upload is over has the upload cut off, or its answer lost.",
 	}, HalfClose, HalfClose, playEarlyResponse)...)
 	s = append(s, either(Scenario{
 		Name:    "early-response-close",
 		Meaning: "the reply of an end that closes in the middle of an upload arrives, and the upload fails",
+		Harm:    "A server's \"413 too large\" is lost: the uploader sees an error without a reason, or uploads to nobody.",
 	}, 0, 0, playEarlyResponseClose)...)
 	s = append(s, either(Scenario{
 		Name:    "early-response-unread",
 		Meaning: "the same for an uploader that reads only once its upload has failed",
+		Harm:    "The error message of a server that has hung up is thrown away before the uploader reads it.",
 	}, Buffered, Buffered, playEarlyResponseUnread)...)
 	s = append(s, either(Scenario{
 		Name:    "write-after-close",
 		Meaning: "an end that writes to one that has closed is told that nobody reads it",
+		Harm:    "A program goes on for ever sending to one that has gone: its work is lost and it is never told.",
 	}, HalfClose, 0, playWriteAfterClose)...)
 	return s
 }

@@ -14,18 +14,21 @@ func costScenarios() []Scenario {
 		{
 			Name:    "cpu-half-closed",
 			Meaning: "a half-closed connection costs no processor time while it is silent",
-			Level:   Should, Client: HalfClose, Origin: HalfClose, Alone: true, metered: true,
+			Harm:    "A handful of half-closed connections that wait use up a processor.",
+			Level:   Should, Client: HalfClose, Origin: HalfClose, Alone: true, needs: metered,
 			play: playCPUHalfClosed,
 		},
 		{
 			Name:    "cpu-stalled",
 			Meaning: "a connection whose reader stalls costs no processor time",
-			Level:   Should, Alone: true, metered: true,
+			Harm:    "A handful of connections that wait use up a processor.",
+			Level:   Should, Alone: true, needs: metered,
 			play: playCPUStalled,
 		},
 		{
 			Name:    "mixed-endings",
 			Meaning: "connections that end in every way, many at a time, leave nothing behind",
+			Harm:    "The relay slowly runs out of descriptors or memory, and then takes no more connections.",
 			Alone:   true,
 			play:    playMixedEndings,
 		},
@@ -87,13 +90,17 @@ func (t *trial) quiet(while string) error {
 	return fmt.Errorf("%.0f %% of a processor is used while a connection %s", 100*share, while)
 }
 
-// playMixedEndings plays the same a few times. What a relay keeps for later, such as a pool, stops
-// growing; what it has lost goes on to grow, by one for each connection that ends in some way.
 func playMixedEndings(t *trial) error {
-	const connections, times, slack = 100, 3, 10
+	return t.settled("connections", func() error { return t.mix(t.Connections) })
+}
+
+// settled plays the same a few times. What a relay keeps for later, such as a pool, stops growing;
+// what it has lost goes on to grow, by one for each connection that ends in some way.
+func (t *trial) settled(what string, play func() error) error {
+	const times, slack = 3, 10
 	var before, lost held
 	for i := range times {
-		if err := t.mix(connections); err != nil {
+		if err := play(); err != nil {
 			return err
 		}
 		if err := t.over(); err != nil {
@@ -111,8 +118,8 @@ func playMixedEndings(t *trial) error {
 		}
 		before = now
 	}
-	return fmt.Errorf("%d connections left %d descriptors and %d goroutines or threads behind, again and again",
-		connections, lost.descriptors, lost.goroutines)
+	return fmt.Errorf("%d %s left %d descriptors and %d goroutines or threads behind, again and again",
+		t.Connections, what, lost.descriptors, lost.goroutines)
 }
 
 type held struct{ descriptors, goroutines int }

@@ -17,12 +17,14 @@ import (
 // end is one end of a relayed connection, with what scenarios do to it. Its errors name it.
 type end struct {
 	net.Conn
-	t    *trial
-	name string
-	caps Caps
-	tcp  *net.TCPConn    // beneath TLS too; nil if there is none
-	sock syscall.RawConn // the socket beneath; nil if there is none
-	once sync.Once
+	t      *trial
+	name   string
+	caps   Caps
+	number int             // of the connection within the trial
+	tcp    *net.TCPConn    // beneath TLS too; nil if there is none
+	sock   syscall.RawConn // the socket beneath; nil if there is none
+	once   sync.Once
+	gone   atomic.Bool // it has closed, or has been reset
 }
 
 func newEnd(t *trial, name string, c net.Conn, caps Caps) *end {
@@ -43,6 +45,26 @@ func newEnd(t *trial, name string, c net.Conn, caps Caps) *end {
 
 func (e *end) errorf(format string, args ...any) error {
 	return fmt.Errorf(e.name+" "+format, args...)
+}
+
+// Read implements [io.Reader].
+func (e *end) Read(b []byte) (int, error) {
+	n, err := e.Conn.Read(b)
+	e.saw(n, err)
+	return n, err
+}
+
+// Write implements [io.Writer].
+func (e *end) Write(b []byte) (int, error) {
+	n, err := e.Conn.Write(b)
+	e.wrote(n, err)
+	return n, err
+}
+
+// Close implements [io.Closer].
+func (e *end) Close() error {
+	e.left(Closed)
+	return e.Conn.Close()
 }
 
 func (e *end) can(c Caps) bool { return e.caps&c == c }
@@ -108,10 +130,12 @@ func (e *end) awaitBroken(within time.Duration) error {
 	limit := time.Now().Add(within)
 	for !e.broken() {
 		if time.Now().After(limit) {
+			e.event(SawNothing, 0, "")
 			return e.errorf("was not told of the reset in %v", within)
 		}
 		time.Sleep(2 * time.Millisecond)
 	}
+	e.event(SawReset, 0, "noticed without a read")
 	return nil
 }
 
@@ -146,6 +170,7 @@ func (e *end) closeWrite() error {
 	if !ok {
 		return e.errorf("is a %T, which cannot half-close", e.Conn)
 	}
+	e.event(HalfClosed, 0, "")
 	if err := h.CloseWrite(); err != nil {
 		return e.errorf("could not half-close: %w", err)
 	}
@@ -154,6 +179,7 @@ func (e *end) closeWrite() error {
 
 // reset breaks the connection off. What the end has sent is lost unless it was taken before.
 func (e *end) reset() error {
+	e.left(WasReset)
 	if a, ok := e.Conn.(interface{ Abort() error }); ok {
 		return a.Abort()
 	}
@@ -177,7 +203,8 @@ func (e *end) drop() {
 		if e.tcp != nil && e.Conn != net.Conn(e.tcp) {
 			e.tcp.SetDeadline(time.Now()) // a goodbye must not wait for a reader that stalls
 		}
-		e.Close()
+		e.gone.Store(true) // an event of the scenario's, not of its end
+		e.Conn.Close()
 	})
 }
 

@@ -16,18 +16,22 @@ func halfCloseScenarios() []Scenario {
 	s := either(Scenario{
 		Name:    "half-close",
 		Meaning: "an end of stream arrives at once, and the reply to it arrives whole and ends cleanly",
+		Harm:    "A client that says \"that was all\" and waits for the answer (nc -N, git, rsync) waits for ever, or loses the answer.",
 	}, need, need, playHalfClose)
 	s = append(s, either(Scenario{
 		Name:    "half-close-silence",
 		Meaning: "after a half-close both ends may be silent, and the connection stays",
+		Harm:    "An answer that takes the origin long to compute is lost.",
 	}, need, need, playHalfCloseSilence)...)
 	s = append(s, either(Scenario{
 		Name:    "half-close-trickle",
 		Meaning: "a reply that comes byte by byte after a half-close arrives byte by byte, and whole",
+		Harm:    "An answer that comes slowly is cut off in the middle.",
 	}, need, need, playHalfCloseTrickle)...)
 	s = append(s, either(Scenario{
 		Name:    "half-close-stalled",
 		Meaning: "a reader that stalls after its half-close gets all of the reply when it goes on",
+		Harm:    "A slow reader, such as a paused download, loses the rest of its answer.",
 	}, need|Buffered, need|Buffered, playHalfCloseStalled)...)
 	return s
 }
@@ -104,7 +108,7 @@ func playHalfCloseTrickle(t *trial, from side) error {
 		return err
 	}
 	const bytes = 10
-	pause := t.Silence / bytes
+	pause := t.Silence * 5 / 4 / bytes
 	return both(
 		func() error {
 			for i := range bytes {

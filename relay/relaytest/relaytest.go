@@ -21,21 +21,26 @@
 // # Testing a program
 //
 // A [Bed] is where scenarios get their connections from. [Dialed] is the bed of a relay that runs
-// somewhere: it listens as the origin and dials through the relay, by a handshake of yours if the
-// relay wants one. [RunBed] runs all scenarios on a bed, and [Check] runs one without package
-// testing.
+// somewhere: it listens as the origin and connects to the relay, with a handshake of yours if the
+// relay wants one. There are scenarios for it alone: what a relay does while it dials, and with an
+// origin that refuses or does not answer. [RunBed] runs all scenarios on a bed; [CheckAll] does so
+// without package testing, and [Check] plays one.
 //
 // # Reading a failure
 //
 // A scenario has a name, a meaning (what a relay that passes does, in one line) and a level: [Must]
 // where bytes, an end or an error are lost or something hangs or leaks, [Should] where it is
-// only slow. Most come in two forms, from-client and from-origin, by who does what the name says.
+// only slow, or where no protocol promises it. Most come in two forms, from-client and from-origin,
+// by who does what the name says. [Scenario.Harm] says what a user of a relay that fails suffers.
+//
+// [Options.Trace] gets every event of the ends as it happens: who sent what, and who saw what.
 package relaytest
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"sync"
 	"time"
@@ -51,12 +56,13 @@ const (
 	Watch                      // a broken connection is noticed by an end that does not read
 	Buffered                   // bytes are taken before the other end reads them
 	Urgent                     // TCP urgent data
+	Vanish                     // an end can vanish without a word, as a machine that loses its power (root only)
 )
 
 // String returns the names of the capabilities, joined by "+".
 func (c Caps) String() string {
 	var names []string
-	for i, name := range [...]string{"half-close", "reset", "watch", "buffered", "urgent"} {
+	for i, name := range [...]string{"half-close", "reset", "watch", "buffered", "urgent", "vanish"} {
 		if c&(1<<i) != 0 {
 			names = append(names, name)
 		}
@@ -70,7 +76,7 @@ type Level uint8
 // The levels.
 const (
 	Must   Level = iota // bytes, ends or errors are lost, or something hangs or leaks
-	Should              // it is slower or dearer than it need be
+	Should              // it is slower or dearer than it need be, or fails those who run ahead of a protocol
 )
 
 // String returns "must" or "should".
@@ -82,9 +88,12 @@ type Options struct {
 	Bytes int64
 	// Rounds is how often the scenarios that look for a race repeat. Zero is 200.
 	Rounds int
-	// Silence is how long the scenarios about silent, trickling and stalled ends keep at it. Zero
-	// is 400 ms, which finds no relay whose limits are seconds; 15 s finds those.
+	// Silence is how long the scenarios about silent and stalled ends keep at it; trickles take a
+	// quarter more. Zero is 400 ms, which finds no relay whose limits are seconds; 12 s finds those.
 	Silence time.Duration
+	// Connections is how many connections end in all ways, twice at least, before it is counted
+	// what they have left behind. Zero is 100.
+	Connections int
 	// Prompt is how soon a thing must arrive that needs no waiting for. Zero is 1 s, which leaves a
 	// loaded machine room; 250 ms is what a user does not notice.
 	Prompt time.Duration
@@ -92,10 +101,21 @@ type Options struct {
 	// the writer blocks. Zero is 48 MiB: with Linux's limits, a relay that holds no more than a
 	// pipe of bytes itself lets the kernels hold 40 MiB in the worst case.
 	Held int64
-	// Only leaves out, in package testing, the scenarios whose names do not contain it.
+	// Only leaves out, where all scenarios are played, those whose names do not contain it.
 	Only string
 	// Timeout ends a scenario that hangs. Zero is 15 s and Silence.
 	Timeout time.Duration
+	// Trace is told what the ends do and see, as it happens. It is called by several goroutines at
+	// a time, and holds up the end that calls it. Nil tells nobody.
+	Trace func(Event)
+}
+
+// Full returns the sizes that find what limits of seconds and rare races do: what `sluice conform`
+// uses. A good relay takes about 40 s for them.
+func Full() Options {
+	return Options{
+		Bytes: 64 << 20, Rounds: 200, Connections: 250, Silence: 12 * time.Second, Prompt: 250 * time.Millisecond,
+	}
 }
 
 func (o Options) fill() Options {
@@ -110,6 +130,9 @@ func (o Options) fill() Options {
 	if o.Rounds == 0 {
 		o.Rounds = 200
 	}
+	if o.Connections == 0 {
+		o.Connections = 100
+	}
 	if o.Held == 0 {
 		o.Held = 48 << 20
 	}
@@ -123,17 +146,18 @@ func (o Options) fill() Options {
 type Scenario struct {
 	Name    string // such as "half-close/from-client"
 	Meaning string // what a relay that passes does, in one line
+	Harm    string // what the users of a relay that fails suffer, as a sentence
 	Level   Level
 	Client  Caps // what the client's leg must carry
 	Origin  Caps // what the origin's leg must carry
 	Alone   bool // it measures the process or the relay, so that nothing else may run beside it
 
-	metered bool // it needs a Meter
-	play    func(*trial) error
+	needs func(Bed, Options) string // says why it cannot be played; nil: it can
+	play  func(*trial) error
 }
 
-// LeftOut says why the scenario cannot be played on the bed, or returns "".
-func (s Scenario) LeftOut(b Bed) string {
+// LeftOut says why the scenario cannot be played on the bed with these options, or returns "".
+func (s Scenario) LeftOut(b Bed, o Options) string {
 	client, origin := b.Caps()
 	if lack := s.Client &^ client; lack != 0 {
 		return fmt.Sprintf("the client's leg has no %v", lack)
@@ -141,12 +165,18 @@ func (s Scenario) LeftOut(b Bed) string {
 	if lack := s.Origin &^ origin; lack != 0 {
 		return fmt.Sprintf("the origin's leg has no %v", lack)
 	}
-	if s.metered {
-		if m, ok := b.(Meter); !ok {
-			return "the relay is not measured"
-		} else if _, err := m.CPU(); err != nil {
-			return "the relay is not measured: " + err.Error()
-		}
+	if s.needs != nil {
+		return s.needs(b, o.fill())
+	}
+	return ""
+}
+
+// metered needs a bed that measures the relay.
+func metered(b Bed, _ Options) string {
+	if m, ok := b.(Meter); !ok {
+		return "the relay is not measured"
+	} else if _, err := m.CPU(); err != nil {
+		return "the relay is not measured: " + err.Error()
 	}
 	return ""
 }
@@ -154,7 +184,8 @@ func (s Scenario) LeftOut(b Bed) string {
 // Verdict is what became of one scenario.
 type Verdict struct {
 	Scenario Scenario
-	Err      error    // what went wrong, nil if the relay passed
+	LeftOut  string   // why it was not played, empty if it was
+	Err      error    // what went wrong, nil if the relay passed or the scenario was left out
 	Notes    []string // what was measured
 	Took     time.Duration
 }
@@ -166,7 +197,7 @@ func Check(ctx context.Context, b Bed, s Scenario, o Options) Verdict {
 	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, o.Timeout)
 	defer cancel()
-	t := &trial{Options: o, ctx: ctx, bed: b}
+	t := &trial{Options: o, ctx: ctx, bed: b, start: start}
 	unblock := context.AfterFunc(ctx, t.close)
 	err := s.play(t)
 	if ctx.Err() != nil {
@@ -186,6 +217,7 @@ type trial struct {
 	Options
 	ctx        context.Context
 	bed        Bed
+	start      time.Time
 	background sync.WaitGroup // writers that run until their conn is closed
 
 	mu     sync.Mutex
@@ -204,23 +236,46 @@ func (t *trial) open(from side) (near, far *end, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("opening a connection: %w", err)
 	}
-	clientCaps, originCaps := t.bed.Caps()
-	near = newEnd(t, "client", p.Client, clientCaps)
-	far = newEnd(t, "origin", p.Origin, originCaps)
-	t.mu.Lock()
-	t.pairs = append(t.pairs, p)
-	t.ends = append(t.ends, near, far)
-	closed := t.closed
-	t.mu.Unlock()
-	if closed {
-		near.Close()
-		far.Close()
-		return nil, nil, t.ctx.Err()
+	if near, far, err = t.take(p); err != nil {
+		return nil, nil, err
 	}
 	if from == fromOrigin {
 		near, far = far, near
 	}
 	return near, far, nil
+}
+
+// take makes the two ends of a connection that has been opened.
+func (t *trial) take(p *Pair) (client, origin *end, err error) {
+	clientCaps, originCaps := t.bed.Caps()
+	t.mu.Lock()
+	number := len(t.pairs)
+	t.pairs = append(t.pairs, p)
+	t.mu.Unlock()
+	if client, err = t.newEnd(p.Client, "client", number, clientCaps); err != nil {
+		p.Origin.Close()
+		return nil, nil, err
+	}
+	if origin, err = t.newEnd(p.Origin, "origin", number, originCaps); err != nil {
+		return nil, nil, err
+	}
+	return client, origin, nil
+}
+
+// newEnd makes an end that is dropped at the end of the trial.
+func (t *trial) newEnd(c net.Conn, name string, number int, caps Caps) (*end, error) {
+	e := newEnd(t, name, c, caps)
+	e.number = number
+	t.mu.Lock()
+	t.ends = append(t.ends, e)
+	closed := t.closed
+	t.mu.Unlock()
+	if closed {
+		e.drop()
+		return nil, t.ctx.Err()
+	}
+	e.event(Opened, 0, "")
+	return e, nil
 }
 
 func (t *trial) close() {
@@ -296,6 +351,8 @@ func Scenarios() []Scenario {
 	all = append(all, closeScenarios()...)
 	all = append(all, stallScenarios()...)
 	all = append(all, resetScenarios()...)
+	all = append(all, vanishScenarios()...)
+	all = append(all, dialScenarios()...)
 	all = append(all, costScenarios()...)
 	return all
 }

@@ -37,7 +37,7 @@ func TestDialedDirect(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	bed := &Dialed{Origin: ln, Dial: Forward("tcp", ln.Addr().String()), Meter: InProcess()}
+	bed := &Dialed{Origin: ln, Connect: To("tcp", ln.Addr().String()), Meter: InProcess()}
 	RunBed(t, bed, Options{Rounds: 40, Bytes: 1 << 20})
 }
 
@@ -52,7 +52,7 @@ func TestDialedToNoRelay(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bed := &Dialed{Origin: origin, Dial: Forward("tcp", deaf.Addr().String())}
+	bed := &Dialed{Origin: origin, Connect: To("tcp", deaf.Addr().String())}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	gaveUp := errors.New("gave up")
 	go func() {
@@ -73,7 +73,7 @@ func TestDialedToNoRelay(t *testing.T) {
 		t.Errorf("nothing listens: %v", err)
 	}
 	// And the bed is as good as before.
-	bed.Dial = Forward("tcp", origin.Addr().String())
+	bed.Connect = To("tcp", origin.Addr().String())
 	p, err := bed.Open(t.Context())
 	if err != nil {
 		t.Fatal(err)

@@ -9,34 +9,42 @@ func resetScenarios() []Scenario {
 	s := either(Scenario{
 		Name:    "reset-idle",
 		Meaning: "a reset of an idle connection arrives as a reset, at once",
+		Harm:    "A connection that was broken off looks as if it had ended well, or lingers for hours.",
 	}, Reset, 0, playResetIdle)
 	s = append(s, either(Scenario{
 		Name:    "reset-sending",
 		Meaning: "a transfer that its sender aborts does not look complete",
+		Harm:    "A download that was broken off in the middle looks complete: a damaged file is taken for a good one.",
 	}, Reset, 0, playResetSending)...)
 	s = append(s, either(Scenario{
 		Name:    "reset-receiving",
 		Meaning: "when a reader aborts a transfer, its sender is told so",
+		Harm:    "A server goes on for ever sending to a user who has pressed stop.",
 	}, Reset, 0, playResetReceiving)...)
 	s = append(s, either(Scenario{
 		Name:    "reset-behind-data",
 		Meaning: "a reset arrives although the relay is stuck with data for an end that does not read",
+		Harm:    "A connection whose owner has gone is held for hours, with all that waits in it.",
 	}, Reset|Watch, Watch|Buffered, playResetBehindData)...)
 	s = append(s, either(Scenario{
 		Name:    "reset-after-half-close",
 		Meaning: "a reset by an end that has half-closed arrives, although nobody reads or writes",
+		Harm:    "A client that has asked and then given up keeps the origin at work, and a connection on the relay.",
 	}, HalfClose|Reset|Watch, HalfClose|Watch, playResetAfterHalfClose)...)
 	s = append(s, either(Scenario{
 		Name:    "reset-in-reply",
 		Meaning: "a reply that is aborted after the request's half-close does not look complete",
+		Harm:    "An answer that was broken off in the middle looks complete.",
 	}, HalfClose|Reset, HalfClose, playResetInReply)...)
 	s = append(s, either(Scenario{
 		Name:    "reset-after-reply",
 		Meaning: "a reset after a whole request and reply arrives as a reset",
+		Harm:    "A connection pool keeps a connection that the other side has thrown away.",
 	}, Reset, 0, playResetAfterReply)...)
 	s = append(s, either(Scenario{
 		Name:    "data-before-reset",
 		Meaning: "what was delivered before a reset is delivered, and then the reset",
+		Harm:    "The last words before a crash, such as an error message, are lost.",
 	}, Reset|Buffered, Buffered, playDataBeforeReset)...)
 	return s
 }

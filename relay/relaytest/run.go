@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 )
@@ -75,7 +74,7 @@ type run struct {
 func newRun(name string, b Bed, o Options) *run {
 	r := &run{name: name, bed: b, options: o}
 	for _, s := range Scenarios() {
-		switch why := s.LeftOut(b); {
+		switch why := s.LeftOut(b, o); {
 		case !strings.Contains(s.Name, o.Only):
 		case why != "":
 			r.left = append(r.left, s.Name+": "+why)
@@ -89,25 +88,15 @@ func newRun(name string, b Bed, o Options) *run {
 	return r
 }
 
-// playAll plays what can be played together, a few at a time: most of them wait most of the time.
+// playAll plays what can be played together.
 func playAll(ctx context.Context, runs []*run) {
-	const lanes = 8
-	plays := make(chan func())
-	var all sync.WaitGroup
-	for range lanes {
-		all.Go(func() {
-			for play := range plays {
-				play()
-			}
-		})
-	}
+	var plays []func()
 	for _, r := range runs {
 		for i, s := range r.together {
-			plays <- func() { r.verdicts[i] = Check(ctx, r.bed, s, r.options) }
+			plays = append(plays, func() { r.verdicts[i] = Check(ctx, r.bed, s, r.options) })
 		}
 	}
-	close(plays)
-	all.Wait()
+	atATime(plays)
 }
 
 // report reports what has been played, and plays the rest.

@@ -11,7 +11,7 @@ import (
 // socketCaps is what any stream socket can carry.
 const (
 	socketCaps = HalfClose | Buffered | Watch
-	tcpCaps    = socketCaps | Reset | Urgent
+	tcpCaps    = socketCaps | Reset | Urgent | Vanish
 )
 
 // sockState says whether an error waits on the socket and whether both its directions have ended,
@@ -64,4 +64,24 @@ func descriptors() int {
 		return -1
 	}
 	return len(names)
+}
+
+// setRepair makes the next close of the socket a silent one.
+func setRepair(c syscall.RawConn) (err error) {
+	if cerr := c.Control(func(fd uintptr) {
+		err = os.NewSyscallError("setsockopt TCP_REPAIR", unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_REPAIR, 1))
+	}); cerr != nil {
+		return cerr
+	}
+	return err
+}
+
+// repairable says why setRepair does not work here.
+func repairable() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return os.NewSyscallError("setsockopt TCP_REPAIR", unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR, 1))
 }

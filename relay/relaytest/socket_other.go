@@ -26,3 +26,6 @@ func unsent(syscall.RawConn) (int, error) {
 func sendUrgent(syscall.RawConn, []byte) error { return errors.ErrUnsupported }
 func cpuTime() time.Duration                   { return 0 }
 func descriptors() int                         { return -1 }
+
+func setRepair(syscall.RawConn) error { return errors.ErrUnsupported }
+func repairable() error               { return errors.ErrUnsupported }

@@ -4,14 +4,17 @@ func stallScenarios() []Scenario {
 	s := either(Scenario{
 		Name:    "backpressure",
 		Meaning: "a reader that stalls makes the writer wait after a bounded amount, and then gets everything",
+		Harm:    "One slow reader makes the relay use up memory, or loses what it was sent.",
 	}, HalfClose, HalfClose, playBackpressure)
 	s = append(s, either(Scenario{
 		Name:    "stalled-direction",
 		Meaning: "while one direction is stuck, the other goes on",
+		Harm:    "While an upload is stuck no answer comes down, so that the two wait for each other for ever.",
 	}, 0, 0, playStalledDirection)...)
 	s = append(s, either(Scenario{
 		Name:    "stalled-connection",
 		Meaning: "while one connection is stuck, others go on, and new ones open",
+		Harm:    "One user with a slow line stops all the others.",
 	}, 0, 0, playStalledConnection)...)
 	return s
 }
