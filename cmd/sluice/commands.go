@@ -46,7 +46,8 @@ Without a command it is a SOCKS5 and HTTP proxy on 127.0.0.1:1080.`,
 	root.SuggestionsMinimumDistance = 2
 	o.addProxy(root.Flags())
 	o.addShared(root.Flags())
-	root.AddCommand(p.proxyCommand(), p.forwardCommand(), p.runCommand(), p.checkCommand(), p.versionCommand())
+	root.AddCommand(p.proxyCommand(), p.forwardCommand(), p.runCommand(), p.checkCommand(),
+		p.conformCommand(), p.versionCommand())
 	return root
 }
 

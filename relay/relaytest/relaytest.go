@@ -173,10 +173,15 @@ func (s Scenario) LeftOut(b Bed, o Options) string {
 
 // metered needs a bed that measures the relay.
 func metered(b Bed, _ Options) string {
-	if m, ok := b.(Meter); !ok {
+	m, ok := b.(Meter)
+	if !ok {
 		return "the relay is not measured"
-	} else if _, err := m.CPU(); err != nil {
-		return "the relay is not measured: " + err.Error()
+	}
+	switch _, err := m.CPU(); {
+	case errors.Is(err, errors.ErrUnsupported):
+		return "the relay is not measured"
+	case err != nil:
+		return "the relay cannot be measured: " + err.Error()
 	}
 	return ""
 }
