@@ -130,6 +130,8 @@ func (t *Target) Probe(ctx context.Context, bed *relaytest.Dialed) error {
 		if err := bed.Handshake(client, bed.Origin.Addr()); err != nil {
 			if c := <-accepted; c != nil {
 				c.Close()
+				return fmt.Errorf("%v does not speak %s: it connects to the origin without being asked "+
+					"(it is a plain forward: leave out --%s)", t.Addr, protocol(t.Mode), t.Mode)
 			}
 			return t.unasked(ctx, bed, err)
 		}
@@ -179,7 +181,7 @@ func (t *Target) unasked(ctx context.Context, bed *relaytest.Dialed, err error) 
 		return fmt.Errorf("%v speaks %s, but will not connect to the origin at %v: %s",
 			t.Addr, protocol(t.Mode), bed.Origin.Addr(), short(err))
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Errorf("%v does not answer a %s handshake within %v%s", t.Addr, protocol(t.Mode), Probing, hint)
+		return fmt.Errorf("%v does not answer a handshake of %s within %v%s", t.Addr, protocol(t.Mode), Probing, hint)
 	}
 	return fmt.Errorf("%v does not speak %s: %s%s", t.Addr, protocol(t.Mode), short(err), hint)
 }
