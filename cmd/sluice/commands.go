@@ -47,7 +47,7 @@ Without a command it is a SOCKS5 and HTTP proxy on 127.0.0.1:1080.`,
 	o.addProxy(root.Flags())
 	o.addShared(root.Flags())
 	root.AddCommand(p.proxyCommand(), p.forwardCommand(), p.runCommand(), p.checkCommand(),
-		p.conformCommand(), p.versionCommand())
+		p.conformCommand(), p.labCommand(), p.versionCommand())
 	return root
 }
 
