@@ -160,7 +160,12 @@ func playEarlyResponse(t *trial, from side) error {
 	)
 }
 
+// The next two lose what they lose in a race, so that they are played a few times.
 func playEarlyResponseClose(t *trial, from side) error {
+	return rounds(max(4, t.Rounds/20), func() error { return earlyResponseClose(t, from) })
+}
+
+func earlyResponseClose(t *trial, from side) error {
 	near, far, err := t.open(from)
 	if err != nil {
 		return err
@@ -184,6 +189,10 @@ func playEarlyResponseClose(t *trial, from side) error {
 }
 
 func playEarlyResponseUnread(t *trial, from side) error {
+	return rounds(max(4, t.Rounds/20), func() error { return earlyResponseUnread(t, from) })
+}
+
+func earlyResponseUnread(t *trial, from side) error {
 	near, far, err := t.open(from)
 	if err != nil {
 		return err

@@ -54,8 +54,8 @@ func playCPUStalled(t *trial) error {
 		floods[i] = near.flood(1)
 	}
 	if err := both(
-		func() error { return floods[0].blocked(t.Held, still) },
-		func() error { return floods[1].blocked(t.Held, still) },
+		func() error { return floods[0].blocked(t.stuck(), still) },
+		func() error { return floods[1].blocked(t.stuck(), still) },
 	); err != nil {
 		return err
 	}

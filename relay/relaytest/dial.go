@@ -301,6 +301,9 @@ func playOriginRefused(t *trial) error {
 // pending is how long an origin is silent before something happens.
 const pending = 300 * time.Millisecond
 
+// nextSYN is when a dial that goes on has tried again: the second SYN is 1 s behind the first.
+const nextSYN = 1300 * time.Millisecond
+
 func playOriginSilent(t *trial) error {
 	return absently(t, func(b *Dialed, a *absence) error {
 		if err := a.silence(); err != nil {
@@ -308,6 +311,12 @@ func playOriginSilent(t *trial) error {
 		}
 		c := t.call(b, a.ln.Addr())
 		defer c.abandon()
+		// A dial that goes on when the client has left must not meet the next scenario's origin.
+		defer func() {
+			if conn := a.answer(nextSYN); conn != nil {
+				conn.Close()
+			}
+		}()
 		if !c.told(t.Prompt + pending) {
 			return nil
 		}
@@ -410,12 +419,7 @@ func playDialAbandoned(t *trial) error {
 		time.Sleep(pending)
 		c.abandon()
 		time.Sleep(pending / 2)
-		// A dial that goes on comes with the next SYN: 1 s or 3 s after the first one.
-		within := 1200 * time.Millisecond
-		if t.Silence > 3*time.Second {
-			within = 3200 * time.Millisecond
-		}
-		if conn := a.answer(within); conn != nil {
+		if conn := a.answer(nextSYN); conn != nil {
 			conn.Close()
 			return errors.New("the relay has connected to the origin for a client that had left")
 		}

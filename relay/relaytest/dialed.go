@@ -237,7 +237,7 @@ func (a *absence) silence() error {
 }
 
 // answer ends the silence and waits for the connection of the relay, which comes with the next SYN
-// that its kernel sends: 1 s, 3 s or 7 s after the first one. It returns nil if none comes.
+// that its kernel sends. It returns nil if none comes.
 func (a *absence) answer(within time.Duration) net.Conn {
 	setBacklog(a.ln, 1024)
 	own := make(map[string]bool)

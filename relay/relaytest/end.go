@@ -332,10 +332,13 @@ func (f *flood) blocked(limit int64, still time.Duration) error {
 	return nil
 }
 
+// stuck is how much a writer may send before it is stuck, where it is not the amount that matters.
+func (t *trial) stuck() int64 { return 4 * t.Held }
+
 // whileStuck plays what must work while the writer is stuck, and again if it was only slow.
 func (f *flood) whileStuck(play func() error) error {
 	for range 5 {
-		if err := f.blocked(f.e.t.Held, still); err != nil {
+		if err := f.blocked(f.e.t.stuck(), still); err != nil {
 			return err
 		}
 		n := f.sent.Load()

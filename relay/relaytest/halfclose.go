@@ -136,7 +136,7 @@ func playHalfCloseStalled(t *trial, from side) error {
 		return err
 	}
 	f := far.flood(2)
-	if err := f.blocked(t.Held, still); err != nil {
+	if err := f.blocked(t.stuck(), still); err != nil {
 		return err
 	}
 	time.Sleep(t.Silence)

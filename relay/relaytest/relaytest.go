@@ -115,6 +115,7 @@ type Options struct {
 func Full() Options {
 	return Options{
 		Bytes: 64 << 20, Rounds: 200, Connections: 250, Silence: 12 * time.Second, Prompt: 250 * time.Millisecond,
+		Held: 128 << 20, // a chain of relays has the buffers of several kernel sockets
 	}
 }
 

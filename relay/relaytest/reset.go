@@ -3,6 +3,7 @@ package relaytest
 import (
 	"fmt"
 	"io"
+	"time"
 )
 
 func resetScenarios() []Scenario {
@@ -112,13 +113,14 @@ func playResetBehindData(t *trial, from side) error {
 	if err != nil {
 		return err
 	}
-	if err := near.flood(1).blocked(t.Held, still); err != nil {
+	if err := near.flood(1).blocked(t.stuck(), still); err != nil {
 		return err
 	}
 	if err := near.reset(); err != nil {
 		return err
 	}
-	if err := far.awaitBroken(2 * t.Prompt); err != nil {
+	// A relay may well give what is stuck a moment to move, and a chain has several relays.
+	if err := far.awaitBroken(max(2*t.Prompt, 1500*time.Millisecond)); err != nil {
 		return err
 	}
 	n, err := far.drain(1, -1)

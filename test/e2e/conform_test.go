@@ -61,7 +61,7 @@ func version(t *testing.T, name, program string, args ...string) string {
 	proxytest.Need(t, program)
 	out, _ := exec.Command(program, args...).CombinedOutput()
 	for word := range strings.FieldsFuncSeq(string(out), func(r rune) bool { return strings.ContainsRune(" /_-,+~\n", r) }) {
-		word = strings.TrimPrefix(word, "v")
+		word = strings.Trim(word, "v.")
 		if strings.Contains(word, ".") && word[0] >= '0' && word[0] <= '9' {
 			return name + " " + word
 		}
