@@ -62,7 +62,7 @@ func resultOf(v relaytest.Verdict) Result {
 		r.Verdict, r.Reason = LeftOut, v.LeftOut
 	case v.Err != nil:
 		r.Verdict, r.Harm = Fail, v.Scenario.Harm
-		r.Reason = strings.ReplaceAll(v.Err.Error(), "\n", "; ")
+		r.Reason = v.Reason()
 	}
 	return r
 }

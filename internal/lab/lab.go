@@ -94,9 +94,6 @@ type Finding struct {
 // Failed says whether the relay has failed.
 func (f *Finding) Failed() bool { return f.Err != nil }
 
-// Reason returns what went wrong, on one line.
-func (f *Finding) Reason() string { return strings.ReplaceAll(f.Err.Error(), "\n", "; ") }
-
 // Table is what the scenarios have shown of the relays.
 type Table struct {
 	Relays    []*Relay
@@ -236,9 +233,13 @@ func (r *recorder) story() []relaytest.Event {
 	}
 	var story []relaytest.Event
 	for _, e := range r.events {
-		if (conns <= 3 || e.Conn == wrong) && e.Kind != relaytest.Opened {
-			story = append(story, e)
+		if e.Kind == relaytest.Opened || conns > 3 && e.Conn != wrong {
+			continue
 		}
+		if conns > 3 {
+			e.Conn = 0
+		}
+		story = append(story, e)
 	}
 	return story
 }

@@ -163,7 +163,10 @@ func playUrgent(t *trial, from side) error {
 				t.note("the urgent byte arrives in line")
 				return nil
 			}
-			return far.errorf("got %d bytes after the urgent byte, not %d right ones, then: %w", n, bulk, err)
+			if n < bulk {
+				return far.errorf("got %d of %d bytes after the urgent byte, then: %w", n, bulk, err)
+			}
+			return far.errorf("got wrong bytes after the urgent byte")
 		},
 	)
 }

@@ -196,6 +196,23 @@ type Verdict struct {
 	Took     time.Duration
 }
 
+// Reason returns what went wrong, on one line and without the addresses of conns; empty if nothing did.
+func (v Verdict) Reason() string {
+	if v.Err == nil {
+		return ""
+	}
+	var words []string
+	all := strings.Fields(strings.ReplaceAll(v.Err.Error(), "\n", "; "))
+	for i := 0; i < len(all); i++ {
+		if i+2 < len(all) && (all[i] == "read" || all[i] == "write") && strings.HasPrefix(all[i+1], "tcp") {
+			i += 2 // as in "read tcp 127.0.0.1:1->127.0.0.1:2: read: connection reset by peer"
+			continue
+		}
+		words = append(words, all[i])
+	}
+	return strings.NewReplacer("read: ", "", "write: ", "").Replace(strings.Join(words, " "))
+}
+
 // Check plays s on b and says what became of it. It returns within the timeout of the options and
 // little more, and closes every connection that it opened.
 func Check(ctx context.Context, b Bed, s Scenario, o Options) Verdict {
