@@ -7,9 +7,11 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -224,6 +226,7 @@ func (r *recorder) mergeable(i int, e relaytest.Event) bool {
 func (r *recorder) story() []relaytest.Event {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	slices.SortStableFunc(r.events, func(a, b relaytest.Event) int { return cmp.Compare(a.At, b.At) })
 	conns, wrong := 0, 0
 	for _, e := range r.events {
 		conns = max(conns, e.Conn+1)

@@ -56,8 +56,9 @@ func (e *end) Read(b []byte) (int, error) {
 
 // Write implements [io.Writer].
 func (e *end) Write(b []byte) (int, error) {
+	begun := time.Now()
 	n, err := e.Conn.Write(b)
-	e.wrote(n, err)
+	e.wrote(begun, n, err)
 	return n, err
 }
 

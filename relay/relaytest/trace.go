@@ -9,7 +9,7 @@ import (
 
 // Event is one thing that an end of a connection did or saw.
 type Event struct {
-	At     time.Duration // since the scenario began
+	At     time.Duration // since the scenario began: of Sent, when it began to send. They are not told in this order
 	Conn   int           // the connection, from 0
 	Origin bool          // it is the origin's; else the client's
 	Kind   Kind
@@ -51,12 +51,14 @@ func (k Kind) String() string {
 // Seen says whether it is something that an end sees, not what it does.
 func (k Kind) Seen() bool { return k >= Received }
 
-func (e *end) event(k Kind, bytes int, note string) {
+func (e *end) event(k Kind, bytes int, note string) { e.eventAt(time.Now(), k, bytes, note) }
+
+func (e *end) eventAt(at time.Time, k Kind, bytes int, note string) {
 	if e.t.Trace == nil || e.gone.Load() {
 		return
 	}
 	e.t.Trace(Event{
-		At: time.Since(e.t.start), Conn: e.number, Origin: e.name == "origin", Kind: k, Bytes: bytes, Note: note,
+		At: at.Sub(e.t.start), Conn: e.number, Origin: e.name == "origin", Kind: k, Bytes: bytes, Note: note,
 	})
 }
 
@@ -81,9 +83,9 @@ func (e *end) saw(n int, err error) {
 	}
 }
 
-func (e *end) wrote(n int, err error) {
+func (e *end) wrote(begun time.Time, n int, err error) {
 	if n > 0 {
-		e.event(Sent, n, "")
+		e.eventAt(begun, Sent, n, "")
 	}
 	if err != nil && !isTimeout(err) {
 		e.event(SawReset, 0, plain(err))
