@@ -162,7 +162,7 @@ func playEarlyResponse(t *trial, from side) error {
 
 // The next two lose what they lose in a race, so that they are played a few times.
 func playEarlyResponseClose(t *trial, from side) error {
-	return rounds(max(4, t.Rounds/20), func() error { return earlyResponseClose(t, from) })
+	return rounds(max(4, t.Rounds/5), func() error { return earlyResponseClose(t, from) })
 }
 
 func earlyResponseClose(t *trial, from side) error {
@@ -189,7 +189,7 @@ func earlyResponseClose(t *trial, from side) error {
 }
 
 func playEarlyResponseUnread(t *trial, from side) error {
-	return rounds(max(4, t.Rounds/20), func() error { return earlyResponseUnread(t, from) })
+	return rounds(max(4, t.Rounds/5), func() error { return earlyResponseUnread(t, from) })
 }
 
 func earlyResponseUnread(t *trial, from side) error {

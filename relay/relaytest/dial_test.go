@@ -284,26 +284,3 @@ func TestCheckAll(t *testing.T) {
 		t.Errorf("got  %s\nwant %s", names, want)
 	}
 }
-
-// A relay that asks idle connections whether their ends are there misses a machine that is not; one
-// that does not ask never does.
-func TestVanishedIdle(t *testing.T) {
-	if err := repairable(); err != nil {
-		t.Skip(err)
-	}
-	for name, relay := range map[string]struct {
-		join func(a, b *net.TCPConn)
-		good bool
-	}{"keepalive": {halfCloses, true}, "none": {noKeepalive, false}} {
-		for _, from := range []string{"/from-client", "/from-origin"} {
-			t.Run(name+from, func(t *testing.T) {
-				t.Parallel()
-				v := Check(t.Context(), wrongRelay{join: relay.join}.bed(), scenario(t, "vanished-idle"+from),
-					Options{Silence: 3 * time.Second})
-				if (v.Err == nil) != relay.good {
-					t.Errorf("after %v: %v", v.Took, v.Err)
-				}
-			})
-		}
-	}
-}

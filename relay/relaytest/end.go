@@ -338,8 +338,8 @@ func (t *trial) stuck() int64 { return 4 * t.Held }
 
 // whileStuck plays what must work while the writer is stuck, and again if it was only slow.
 func (f *flood) whileStuck(play func() error) error {
-	for range 5 {
-		if err := f.blocked(f.e.t.stuck(), still); err != nil {
+	for i := range 5 {
+		if err := f.blocked(f.e.t.stuck(), still<<i); err != nil {
 			return err
 		}
 		n := f.sent.Load()

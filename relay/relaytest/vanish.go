@@ -57,6 +57,7 @@ func playVanishedIdle(t *trial, from side) error {
 	if err != nil {
 		return err
 	}
+	time.Sleep(still) // for the last acknowledgement: what is not acknowledged is sent again, and answered
 	if err := near.vanish(); err != nil {
 		return err
 	}

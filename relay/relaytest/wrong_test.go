@@ -93,7 +93,10 @@ func TestWrongRelaysFail(t *testing.T) {
 			t.Errorf("no wrong relay fails %s", name)
 		}
 	}
+	var idle sync.WaitGroup
+	idle.Go(func() { checkVanishedIdle(t) }) // which only waits
 	playAll(t.Context(), runs)
+	idle.Wait()
 	for _, r := range runs {
 		for _, s := range r.alone {
 			r.verdicts = append(r.verdicts, Check(t.Context(), r.bed, s, Options{}))
@@ -106,6 +109,27 @@ func TestWrongRelaysFail(t *testing.T) {
 			}
 		}
 	}
+}
+
+// checkVanishedIdle has a relay that asks idle connections whether their ends are there, which misses a
+// machine that is not, and one that does not ask and never does.
+func checkVanishedIdle(t *testing.T) {
+	if err := repairable(); err != nil {
+		t.Log("vanished-idle is not tested:", err)
+		return
+	}
+	var plays []func()
+	for _, from := range []string{"/from-client", "/from-origin"} {
+		s := scenario(t, "vanished-idle"+from)
+		play := func(join func(a, b *net.TCPConn), good bool) {
+			v := Check(t.Context(), wrongRelay{join: join}.bed(), s, Options{Silence: 3 * time.Second})
+			if (v.Err == nil) != good {
+				t.Errorf("%s, with a good relay %v: %v", s.Name, good, v.Err)
+			}
+		}
+		plays = append(plays, func() { play(halfCloses, true) }, func() { play(noKeepalive, false) })
+	}
+	atATime(plays)
 }
 
 // pair runs f for both directions and returns when both are over.
