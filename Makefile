@@ -3,10 +3,11 @@
 GO          ?= go
 FUZZTIME    ?= 10s
 SOAK        ?= 10m
+RUNS        ?= 1
 STATICCHECK  = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK  = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: all build test lint bench soak fuzz
+.PHONY: all build test lint bench conform soak fuzz
 
 all: build
 
@@ -26,6 +27,13 @@ lint:
 # What the README's figures come from.
 bench:
 	$(GO) run ./bench
+
+# sluice conform in full on every relay of docs/conformance.md, RUNS times, and their table. A run takes six minutes.
+conform:
+	test/install
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT; \
+	SLUICE_CONFORM=$$dir SLUICE_CONFORM_RUNS=$(RUNS) $(GO) test -count=1 -timeout 0 -run '^TestConform$$' ./test/e2e >&2; \
+	$(GO) run ./cmd/sluice conform --markdown "$$dir"/*.json
 
 # The mixed endings of test/e2e again and again, for SOAK.
 soak:

@@ -30,6 +30,8 @@ func TestMain(m *testing.M) {
 //
 //	origin NAME           starts an HTTP origin and sets $NAME to its address; /bytes/N there is N bytes
 //	echo-origin NAME      the same, of an origin that sends back what it gets
+//	free-port NAME        sets $NAME to an address of loopback where nobody listens
+//	closing-relay NAME TO starts a relay to TO that closes both sides when one ends, and sets $NAME to its address
 //	start NAME ARG...     starts sluice with ARG..., waits until it listens, and sets $NAME to its first
 //	                      address, $NAME_2 to its second; it writes to the files NAME.out and NAME.err
 //	signal NAME TERM|INT  sends it a signal
@@ -51,15 +53,17 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"origin":      httpOrigin,
-			"echo-origin": echoOrigin,
-			"start":       startSluice,
-			"signal":      signalSluice,
-			"ended":       endedSluice,
-			"await":       awaitLine,
-			"session":     openSession,
-			"finish":      finishSession,
-			"broken":      brokenSession,
+			"origin":        httpOrigin,
+			"echo-origin":   echoOrigin,
+			"free-port":     freePort,
+			"closing-relay": closingRelay,
+			"start":         startSluice,
+			"signal":        signalSluice,
+			"ended":         endedSluice,
+			"await":         awaitLine,
+			"session":       openSession,
+			"finish":        finishSession,
+			"broken":        brokenSession,
 		},
 	})
 }
@@ -130,6 +134,45 @@ func echoOrigin(ts *testscript.TestScript, neg bool, args []string) {
 	go serveEcho(ln)
 	scriptOf(ts).closers = append(scriptOf(ts).closers, ln)
 	ts.Setenv(args[0], ln.Addr().String())
+}
+
+func freePort(ts *testscript.TestScript, neg bool, args []string) {
+	check(ts, neg, args, 1, "free-port NAME")
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Check(ln.Close())
+	ts.Setenv(args[0], ln.Addr().String())
+}
+
+func closingRelay(ts *testscript.TestScript, neg bool, args []string) {
+	check(ts, neg, args, 2, "closing-relay NAME TO")
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	go serveClosing(ln, args[1])
+	scriptOf(ts).closers = append(scriptOf(ts).closers, ln)
+	ts.Setenv(args[0], ln.Addr().String())
+}
+
+func serveClosing(ln net.Listener, to string) {
+	for {
+		client, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		origin, err := net.Dial("tcp", to)
+		if err != nil {
+			client.Close()
+			continue
+		}
+		go copyAndClose(client, origin)
+		go copyAndClose(origin, client)
+	}
+}
+
+func copyAndClose(a, b net.Conn) {
+	io.Copy(a, b)
+	a.Close()
+	b.Close()
 }
 
 func serveEcho(ln net.Listener) {

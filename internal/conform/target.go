@@ -219,7 +219,7 @@ func (t *Target) hint(ctx context.Context, bed *relaytest.Dialed) string {
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(time.Second / 2))
 		io.WriteString(c, question)
-		b := make([]byte, 16)
+		b := make([]byte, 500)
 		n, _ := c.Read(b)
 		return string(b[:n])
 	}
@@ -227,7 +227,8 @@ func (t *Target) hint(ctx context.Context, bed *relaytest.Dialed) string {
 		return " (it speaks SOCKS5: use --socks5)"
 	}
 	host := bed.Origin.Addr().String()
-	if t.Mode != Connect && strings.HasPrefix(answer("CONNECT "+host+" HTTP/1.1\r\nHost: "+host+"\r\n\r\n"), "HTTP/1.1 200") {
+	said := answer("CONNECT " + host + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n")
+	if t.Mode != Connect && strings.HasPrefix(said, "HTTP/1.1 200") && !strings.Contains(said, "Content-") { // no page
 		return " (it speaks HTTP CONNECT: use --connect)"
 	}
 	return ""
