@@ -116,7 +116,7 @@ func (m mix) bed(t *testing.T) *relaytest.Dialed {
 	through := start(t, s)
 	return &relaytest.Dialed{
 		Origin:     settledListener{ln, d.dialed},
-		Dial:       func(ctx context.Context, a net.Addr) (net.Conn, error) { return through.dial(ctx, addrOf(a)) },
+		Connect:    func(ctx context.Context) (net.Conn, error) { return through.dial(ctx, addrOf(ln.Addr())) },
 		ClientCaps: caps(m.client, m.lacks),
 		OriginCaps: caps(m.origin, m.lacks),
 	}
