@@ -10,13 +10,14 @@ import (
 // CheckAll plays all scenarios on b, outside of package testing, and returns their verdicts, those
 // that were left out among them, in the order of [Scenarios]. Several are played at a time; those
 // that measure come last, one by one. Since a busy machine can make a relay late, what has failed
-// beside others within 5 s is played again by itself, and then the second verdict counts.
+// beside others is played again, and then the second verdict counts: by itself, or, if it has taken more
+// than 5 s, beside its like.
 //
 // Tell, if it is not nil, gets each verdict as soon as it is final; it is called by one goroutine at
 // a time. Where ctx ends early, so do the scenarios, which fail.
 func CheckAll(ctx context.Context, b Bed, o Options, tell func(Verdict)) []Verdict {
 	c := &checking{ctx: ctx, bed: b, options: o, tell: tell}
-	var together, again, alone []int
+	var together, slow, again, alone []int
 	for _, s := range Scenarios() {
 		if !strings.Contains(s.Name, o.Only) {
 			continue
@@ -33,20 +34,17 @@ func CheckAll(ctx context.Context, b Bed, o Options, tell func(Verdict)) []Verdi
 			together = append(together, i)
 		}
 	}
-	var plays []func()
+	c.playTogether(together, func(i int) bool { return c.verdicts[i].Err == nil || ctx.Err() != nil })
 	for _, i := range together {
-		plays = append(plays, func() {
-			if c.play(i); !c.hasty(i) {
-				c.final(i)
-			}
-		})
-	}
-	atATime(plays)
-	for _, i := range together {
-		if c.hasty(i) {
+		switch v := c.verdicts[i]; {
+		case v.Err == nil || ctx.Err() != nil:
+		case v.Took < 5*time.Second:
 			again = append(again, i)
+		default:
+			slow = append(slow, i)
 		}
 	}
+	c.playTogether(slow, func(int) bool { return true })
 	for _, i := range append(again, alone...) {
 		c.play(i)
 		c.final(i)
@@ -68,10 +66,17 @@ func (c *checking) play(i int) {
 	c.verdicts[i] = Check(c.ctx, c.bed, c.verdicts[i].Scenario, c.options)
 }
 
-// hasty says whether a verdict should be tried again.
-func (c *checking) hasty(i int) bool {
-	v := c.verdicts[i]
-	return v.Err != nil && v.Took < 5*time.Second && c.ctx.Err() == nil
+// playTogether plays some, and tells of those that are final then.
+func (c *checking) playTogether(which []int, final func(i int) bool) {
+	var plays []func()
+	for _, i := range which {
+		plays = append(plays, func() {
+			if c.play(i); final(i) {
+				c.final(i)
+			}
+		})
+	}
+	atATime(plays)
 }
 
 func (c *checking) final(i int) {
