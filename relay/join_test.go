@@ -7,6 +7,10 @@ import (
 	"testing"
 )
 
+type zeros struct{}
+
+func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
+
 // tcpPair returns the two ends of a TCP connection on loopback.
 func tcpPair(t testing.TB) (dialed, accepted *net.TCPConn) {
 	t.Helper()

@@ -105,10 +105,6 @@ func TestKernelEngineHoldsNothingWhileIdle(t *testing.T) {
 	wait(t, "loop gone", func() bool { return countFDs(t, "anon_inode:[eventpoll]") <= 1 })
 }
 
-type zeros struct{}
-
-func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
-
 func TestKernelLimits(t *testing.T) {
 	t.Run("idle", func(t *testing.T) {
 		client, origin, _, _, result := started(t, &Relay{Idle: time.Second})

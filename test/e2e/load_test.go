@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -215,7 +216,12 @@ func (e *endings) end(i int, connected *sync.WaitGroup) error {
 			c.SetLinger(0)
 			return nil
 		}
-		if got, err := io.ReadAll(c); !errors.Is(err, syscall.ECONNRESET) {
+		// On a machine so busy that the answer's beginning is not taken in time, it never comes to an answer: then that is said.
+		got, err := io.ReadAll(c)
+		if bytes.HasPrefix(got, []byte("HTTP/1.1 502 ")) && bytes.Contains(got, []byte("error=connection_terminated")) {
+			return nil
+		}
+		if !errors.Is(err, syscall.ECONNRESET) {
 			return fmt.Errorf("an aborted download: %d bytes (%.300q), then %w", len(got), got, err)
 		}
 		return nil
