@@ -213,16 +213,21 @@ func TestDocsLinks(t *testing.T) {
 	}
 }
 
-// headings returns the anchors of the page's headings.
+// headings returns the anchors of the page's headings, and those that it sets itself.
 func (p page) headings() []string {
 	var all []string
 	for _, line := range p.lines {
+		for _, m := range ownAnchor.FindAllStringSubmatch(line, -1) {
+			all = append(all, m[1])
+		}
 		if title := strings.TrimLeft(line, "#"); title != line && strings.HasPrefix(title, " ") {
 			all = append(all, notInAnchor.ReplaceAllString(strings.ReplaceAll(strings.ToLower(title[1:]), " ", "-"), ""))
 		}
 	}
 	return all
 }
+
+var ownAnchor = regexp.MustCompile(`<a id="([^"]+)">`)
 
 var notInAnchor = regexp.MustCompile(`[^a-z0-9_-]`)
 
