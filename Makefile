@@ -2,7 +2,7 @@
 
 GO          ?= go
 FUZZTIME    ?= 10s
-SOAK        ?= 10m
+SOAK        ?= 60m
 RUNS        ?= 1
 STATICCHECK  = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK  = golang.org/x/vuln/cmd/govulncheck@v1.9.0
@@ -16,7 +16,7 @@ build:
 
 test:
 	test/install
-	SLUICE_TEST_NOSKIP=1 $(GO) run ./test/noskip -race -count=1 ./...
+	SLUICE_TEST_NOSKIP=1 SLUICE_SCHEDULES=60s $(GO) run ./test/noskip -race -count=1 ./...
 
 lint:
 	@unformatted="$$(gofmt -l .)"; if [ -n "$$unformatted" ]; then echo "gofmt -w these: $$unformatted"; exit 1; fi
@@ -35,8 +35,9 @@ conform:
 	SLUICE_CONFORM=$$dir SLUICE_CONFORM_RUNS=$(RUNS) $(GO) test -count=1 -timeout 0 -run '^TestConform$$' ./test/e2e >&2; \
 	$(GO) run ./cmd/sluice conform --markdown "$$dir"/*.json
 
-# The mixed endings of test/e2e again and again, for SOAK.
+# Random histories of pairs, and then the mixed endings of test/e2e, again and again, each for SOAK.
 soak:
+	SLUICE_SCHEDULES=$(SOAK) $(GO) test -race -count=1 -timeout 0 -run '^TestSchedules$$' -v ./relay
 	SLUICE_SOAK=$(SOAK) $(GO) test -race -count=1 -timeout 0 -run '^TestMixedEndings$$' -v ./test/e2e
 
 # Every fuzz target for FUZZTIME. (make test runs their seeds.)

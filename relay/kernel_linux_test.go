@@ -307,10 +307,10 @@ func TestUrgentDataDoesNotTruncate(t *testing.T) {
 
 // TestSchedules lets random histories happen on many pairs: sizes, pauses, stalls and endings on
 // both sides. Every byte that a cleanly ended direction carried must arrive, and every pair ends.
-// SLUICE_SOAK sets how long it runs.
+// SLUICE_SCHEDULES sets how long it runs.
 func TestSchedules(t *testing.T) {
 	d := 3 * time.Second
-	if s := os.Getenv("SLUICE_SOAK"); s != "" {
+	if s := os.Getenv("SLUICE_SCHEDULES"); s != "" {
 		var err error
 		if d, err = time.ParseDuration(s); err != nil {
 			t.Fatal(err)
