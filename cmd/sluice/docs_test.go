@@ -213,11 +213,13 @@ func TestDocsLinks(t *testing.T) {
 	}
 }
 
+var anchorID = regexp.MustCompile(`<a id="([^"]+)">`)
+
 // headings returns the anchors of the page's headings, and those that it sets itself.
 func (p page) headings() []string {
 	var all []string
 	for _, line := range p.lines {
-		for _, m := range ownAnchor.FindAllStringSubmatch(line, -1) {
+		for _, m := range anchorID.FindAllStringSubmatch(line, -1) {
 			all = append(all, m[1])
 		}
 		if title := strings.TrimLeft(line, "#"); title != line && strings.HasPrefix(title, " ") {
@@ -226,8 +228,6 @@ func (p page) headings() []string {
 	}
 	return all
 }
-
-var ownAnchor = regexp.MustCompile(`<a id="([^"]+)">`)
 
 var notInAnchor = regexp.MustCompile(`[^a-z0-9_-]`)
 

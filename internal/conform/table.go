@@ -35,9 +35,9 @@ func Markdown(w io.Writer, reports []*Report) {
 	tallies := make(map[string]tally)
 	for _, row := range rows {
 		base := baseOf(row.Name)
-		name := base
+		name := "`" + base + "`"
 		if row.Level == "should" {
-			name = "*" + base + "*"
+			name = "*" + name + "*"
 		}
 		fmt.Fprintf(w, "| <a id=\"%s\"></a>%s | %s |", strings.ReplaceAll(base, "/", "-"), name, row.Meaning)
 		for _, relay := range relays {

@@ -21,15 +21,14 @@ func TestMarkdown(t *testing.T) {
 		report("one", "a/from-client", Fail, "a/from-origin", Pass, "b", Pass, "c", Pass, "d", LeftOut),
 		report("two", "a/from-client", Fail, "a/from-origin", Pass, "b", Pass, "c", LeftOut, "d", Fail),
 	})
-	const want = `| scenario | a relay that passes | one | two |
-|---|---|:-:|:-:|
-| <a id="a"></a>a | all is well | ✗ | ✗→ |
-| <a id="b"></a>b | all is well | ✗° | ✓ |
-| <a id="c"></a>c | all is well | ✓ | – |
-| <a id="d"></a>d | all is well | – | ✗ |
-| **must** | rows passed, of those played | **1/3** | **1/3** |
-| **should** | rows passed, of those played | **0/0** | **0/0** |
-`
+	const want = "| scenario | a relay that passes | one | two |\n" +
+		"|---|---|:-:|:-:|\n" +
+		"| <a id=\"a\"></a>`a` | all is well | ✗ | ✗→ |\n" +
+		"| <a id=\"b\"></a>`b` | all is well | ✗° | ✓ |\n" +
+		"| <a id=\"c\"></a>`c` | all is well | ✓ | – |\n" +
+		"| <a id=\"d\"></a>`d` | all is well | – | ✗ |\n" +
+		"| **must** | rows passed, of those played | **1/3** | **1/3** |\n" +
+		"| **should** | rows passed, of those played | **0/0** | **0/0** |\n"
 	if b.String() != want {
 		t.Errorf("got\n%s\nwant\n%s", &b, want)
 	}
