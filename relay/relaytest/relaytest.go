@@ -97,6 +97,10 @@ type Options struct {
 	// Prompt is how soon a thing must arrive that needs no waiting for. Zero is 1 s, which leaves a
 	// loaded machine room; 250 ms is what a user does not notice.
 	Prompt time.Duration
+	// Delay is how much longer than on a direct connection a small request and its reply may take.
+	// Zero is 30 ms, which finds what Nagle's algorithm and a delayed acknowledgement cost; more is for
+	// long chains on machines that have other things to do.
+	Delay time.Duration
 	// Held is how many bytes relay and kernels together may hold for a reader that stalls before
 	// the writer blocks. Zero is 48 MiB: with Linux's limits, a relay that holds no more than a
 	// pipe of bytes itself lets the kernels hold 40 MiB in the worst case.
@@ -139,6 +143,7 @@ func (o Options) fill() Options {
 	}
 	set(&o.Silence, 400*time.Millisecond)
 	set(&o.Prompt, time.Second)
+	set(&o.Delay, 30*time.Millisecond)
 	set(&o.Timeout, 15*time.Second+o.Silence)
 	return o
 }

@@ -16,6 +16,7 @@ import (
 
 // options suit many runs beside each other, on a machine that has other things to do.
 var options = relaytest.Options{
+	Delay:   250 * time.Millisecond, // many run at a time, in one process; package relay looks for Nagle
 	Bytes:   512 << 10,
 	Rounds:  20,
 	Silence: 100 * time.Millisecond,
