@@ -17,6 +17,8 @@ func (p *program) announce(c *config.Config, services []*service) {
 	switch in.Type {
 	case "forward":
 		line = fmt.Sprintf("Forwarding %s to %s", show(at), in.To)
+	case "reverse":
+		line = fmt.Sprintf("Forwarding %s there to %s", show(at), in.To)
 	case "socks5":
 		line = "SOCKS5 proxy on " + show(at)
 	case "http":
@@ -76,6 +78,9 @@ func show(a net.Addr) string {
 		}
 	case *net.UnixAddr:
 		return proxy.Addr{Network: "unix", Host: a.Name}.String()
+	}
+	if a.Network() == "unix" {
+		return proxy.Addr{Network: "unix", Host: a.String()}.String()
 	}
 	return a.String()
 }

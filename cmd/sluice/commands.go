@@ -46,7 +46,7 @@ Without a command it is a SOCKS5 and HTTP proxy on 127.0.0.1:1080.`,
 	root.SuggestionsMinimumDistance = 2
 	o.addProxy(root.Flags())
 	o.addShared(root.Flags())
-	root.AddCommand(p.proxyCommand(), p.forwardCommand(), p.runCommand(), p.checkCommand(),
+	root.AddCommand(p.proxyCommand(), p.forwardCommand(), p.reverseCommand(), p.runCommand(), p.checkCommand(),
 		p.conformCommand(), p.labCommand(), p.versionCommand())
 	return root
 }
@@ -97,7 +97,7 @@ addresses, or unix:///path. DST is host:port, a port on this machine, or unix://
 Names are resolved for each connection, by the last proxy on the way if there is one.`,
 		Example: `  sluice forward 8080 example.com:80
   sluice forward :5432 unix:///run/postgresql/.s.PGSQL.5432
-  sluice forward 5432 db.internal:5432 --via socks5://10.0.0.9:1080
+  sluice forward 5432 db.internal:5432 --via ssh://bastion
   sluice forward :443 10.0.0.7:443 --send-proxy v2`,
 		Args:              wantArgs(2, "needs LISTEN and DST (as in sluice forward 8080 example.com:80)"),
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -106,6 +106,29 @@ Names are resolved for each connection, by the last proxy on the way if there is
 		},
 	}
 	o.addForward(cmd.Flags())
+	o.addShared(cmd.Flags())
+	return cmd
+}
+
+func (p *program) reverseCommand() *cobra.Command {
+	var o options
+	cmd := &cobra.Command{
+		Use:   "reverse LISTEN DST --via ssh://HOST",
+		Short: "Forward a port of an SSH server to this side",
+		Long: `Listen at LISTEN on an SSH server, the last hop of --via, and forward every
+connection there to DST, as seen from here.
+
+LISTEN is a port on the server's loopback (9000), host:port, :port for all its
+addresses if it allows that (GatewayPorts), or unix:///path. For port 0 the server
+chooses one, which is reported. DST is host:port, a port on this machine, or unix:///path.`,
+		Example: `  sluice reverse 9000 localhost:3000 --via ssh://bastion
+  sluice reverse unix:///run/app.sock 3000 --via ssh://bob@bastion:2222`,
+		Args:              wantArgs(2, "needs LISTEN and DST (as in sluice reverse 9000 localhost:3000 --via ssh://bastion)"),
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return p.oneInbound(cmd, &o, "reverse", args[0], args[1])
+		},
+	}
 	o.addShared(cmd.Flags())
 	return cmd
 }

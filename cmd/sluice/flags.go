@@ -18,6 +18,7 @@ type options struct {
 	in          config.Inbound
 	direct      config.Outbound // bind, interface, mark
 	socks, http bool
+	keep        bool
 	printConfig bool
 }
 
@@ -40,7 +41,9 @@ func (o *options) addForward(fs *pflag.FlagSet) {
 func (o *options) addShared(fs *pflag.FlagSet) {
 	fs.SortFlags = false
 	fs.StringArrayVar(&o.in.Via, "via", nil,
-		"go through the proxy at `URL`, socks5://, http:// or https://[user@]host:port; repeat for a chain, first hop first")
+		"go through the proxy at `URL`, socks5://, http:// or https://[user@]host:port, or the SSH server at\n"+
+			"ssh://[user@]host; repeat for a chain, first hop first")
+	fs.BoolVar(&o.keep, "keep", false, "stay connected to SSH servers, also while nobody uses them")
 	fs.Var((*networksValue)(&o.in.Allow), "allow", "let in clients from this `network` only; repeat for more")
 	fs.Var((*networksValue)(&o.in.Deny), "deny", "refuse clients from this `network`; repeat for more")
 	fs.IntVar(&o.in.MaxConns, "max-conns", 0, "at most `n` sessions at a time")
@@ -97,7 +100,10 @@ func (o *options) config(typ, listen, to string) (*config.Config, error) {
 	if err := in.Listen.UnmarshalText([]byte(listen)); err != nil {
 		return nil, &config.Error{Path: "inbounds[0].listen", Err: err}
 	}
-	if typ == "forward" {
+	if o.keep {
+		in.Via = keepAll(in.Via)
+	}
+	if typ == "forward" || typ == "reverse" {
 		if err := in.To.UnmarshalText([]byte(to)); err != nil {
 			return nil, &config.Error{Path: "inbounds[0].to", Err: err}
 		}
@@ -112,6 +118,21 @@ func (o *options) config(typ, listen, to string) (*config.Config, error) {
 	}
 	c.Inbounds = []config.Inbound{in}
 	return &c, c.Fill()
+}
+
+// keepAll adds to the URLs of SSH servers that they are kept.
+func keepAll(via []string) (kept []string) {
+	for _, s := range via {
+		if strings.HasPrefix(s, "ssh://") && !strings.Contains(s, "keep=") {
+			sep := "?"
+			if strings.Contains(s, "?") {
+				sep = "&"
+			}
+			s += sep + "keep=true"
+		}
+		kept = append(kept, s)
+	}
+	return kept
 }
 
 // textValue is a flag that a text unmarshaler reads.

@@ -39,10 +39,12 @@ func (s *service) serve(ctx context.Context, ended chan<- error) {
 // serve listens at all inbounds of c, says so by announce (nil: in the log), and serves until a signal.
 func (p *program) serve(ctx context.Context, c *config.Config, announce func(*config.Config, []*service)) error {
 	log := p.logger(c.Log)
+	c.Ask(openTerminal())
 	bounds, err := c.Build(log, p.lookupEnv)
 	if err != nil {
 		return err
 	}
+	defer closeAll(bounds)
 	// The runtime has raised the soft limit on descriptors to the hard one: importing os is enough.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
@@ -50,9 +52,17 @@ func (p *program) serve(ctx context.Context, c *config.Config, announce func(*co
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 
-	services, err := listen(ctx, c, bounds, log)
+	// To listen may take time, where a server has to be reached and a person to be asked.
+	listening, done := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	services, err := listen(listening, c, bounds, log)
+	done()
 	if err != nil {
 		return err
+	}
+	for i := range bounds {
+		if err := bounds[i].Start(); err != nil {
+			return err
+		}
 	}
 	if announce != nil {
 		announce(c, services)
@@ -75,6 +85,12 @@ func (p *program) serve(ctx context.Context, c *config.Config, announce func(*co
 		running--
 	}
 	return errors.Join(failed, stop(ctx, services, running, ended, signals, c.Grace.Wait(), log))
+}
+
+func closeAll(bounds []config.Bound) {
+	for i := range bounds {
+		bounds[i].Close()
+	}
 }
 
 // listen binds all inbounds, or none: the error joins what is wrong with each.

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/sluice-proxy/sluice/internal/inbound"
@@ -20,6 +21,26 @@ type Bound struct {
 	Inbound proxy.Inbound
 	Router  proxy.Router
 	Relay   relay.Relay // how its sessions are relayed
+
+	links []*outbound.SSH // of all Bounds: they may share them
+}
+
+// Start begins to connect what is to be connected always. Call it once traffic may flow.
+func (b *Bound) Start() error {
+	for _, l := range b.links {
+		if err := l.Start(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close ends the connections that the way out keeps between sessions. Call it when the sessions of all
+// Bounds are over.
+func (b *Bound) Close() {
+	for _, l := range slices.Backward(b.links) {
+		l.Close()
+	}
 }
 
 // Build makes the parts that c describes. It fills c, and reads the files and environment variables
@@ -36,6 +57,7 @@ func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) 
 		secrets: secrets{dir: c.src.dir, lookupEnv: lookupEnv, files: map[string][]byte{}},
 		errs:    errorList{src: &c.src},
 		log:     log,
+		dialers: map[dialerKey]proxy.Dialer{},
 	}
 	for i := range c.Outbounds { // also those that nobody uses; what is wrong is said once, where it stands
 		o := &c.Outbounds[i]
@@ -46,12 +68,16 @@ func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) 
 	if len(b.errs.errs) > 0 {
 		return nil, b.errs.join()
 	}
+	b.links = nil // nobody uses those
 	var bounds []Bound
 	for i := range c.Inbounds {
 		bounds = append(bounds, b.inbound(&c.Inbounds[i], fmt.Sprintf("inbounds[%d]", i)))
 	}
 	if len(b.errs.errs) > 0 {
 		return nil, b.errs.join()
+	}
+	for i := range bounds {
+		bounds[i].links = b.links
 	}
 	return bounds, nil
 }
@@ -61,6 +87,27 @@ type builder struct {
 	secrets secrets
 	errs    errorList
 	log     *slog.Logger
+	dialers map[dialerKey]proxy.Dialer
+	links   []*outbound.SSH // those that were made, a jump host before what it leads to
+}
+
+// dialerKey tells hops apart: those that are the same share what they keep open.
+type dialerKey struct {
+	settings string
+	via      proxy.Dialer
+}
+
+// dialer returns the one that build makes of o and via.
+func (b *builder) dialer(o *Outbound, via proxy.Dialer, build outboundBuilder) (proxy.Dialer, error) {
+	key := dialerKey{fmt.Sprintf("%+v", *o), via}
+	if d, ok := b.dialers[key]; ok {
+		return d, nil
+	}
+	d, err := build(b, o, via)
+	if err == nil {
+		b.dialers[key] = d
+	}
+	return d, err
 }
 
 func (b *builder) inbound(in *Inbound, path string) Bound {
@@ -87,12 +134,15 @@ func (b *builder) inbound(in *Inbound, path string) Bound {
 			b.errs.add(path+key, "%w", err)
 		}
 	}
-	return Bound{
-		Name:    in.Name,
-		Inbound: inboundTypeOf(in.Type).build(in, l, users),
-		Router:  b.route(in.Via, path+".via"),
-		Relay:   b.relay(in),
+	t := inboundTypeOf(in.Type)
+	part, router := t.build(in, l, users), b.route(in.Via, path+".via")
+	if r, ok := part.(*inbound.Reverse); ok {
+		if s, ok := router.Dialer.(*outbound.SSH); ok {
+			r.Link = s.Link
+		}
+		router = b.route(nil, path+".via") // to its destination
 	}
+	return Bound{Name: in.Name, Inbound: part, Router: router, Relay: b.relay(in)}
 }
 
 // relay returns the settings for the relays of an inbound.
@@ -111,22 +161,22 @@ func (b *builder) relay(in *Inbound) relay.Relay {
 }
 
 // route builds the chain of hops, each dialled through the one before.
-func (b *builder) route(via []string, path string) proxy.Router {
+func (b *builder) route(via []string, path string) proxy.Static {
 	if len(via) == 0 {
 		via = []string{"direct"}
 	}
 	hops, err := b.c.chain(via)
 	if err != nil { // Fill has followed it
 		b.errs.add(path, "%w", err)
-		return nil
+		return proxy.Static{}
 	}
 	var d proxy.Dialer // nil: direct
 	var labels []string
 	for _, h := range hops {
 		labels = append(labels, h.label)
-		if d, err = outboundTypeOf(h.out.Type).build(b, h.out, d); err != nil {
+		if d, err = b.dialer(h.out, d, outboundTypeOf(h.out.Type).build); err != nil {
 			b.errs.add(path, "%s: %w", h.label, err) // a URL: named ones are known to be good
-			return nil
+			return proxy.Static{}
 		}
 	}
 	return proxy.Static{Name: strings.Join(labels, ","), Dialer: d}
@@ -147,6 +197,10 @@ func httpProxy(_ *Inbound, l inbound.Listener, users inbound.Users) proxy.Inboun
 
 func mixed(_ *Inbound, l inbound.Listener, users inbound.Users) proxy.Inbound {
 	return &inbound.Mixed{Listener: l, Users: users}
+}
+
+func reverse(in *Inbound, l inbound.Listener, _ inbound.Users) proxy.Inbound {
+	return &inbound.Reverse{Listener: l, To: proxy.Addr(in.To)} // its link is set with its route
 }
 
 func direct(_ *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) {
@@ -187,6 +241,11 @@ func (b *builder) password(o *Outbound) (string, error) {
 	if o.User == "" {
 		return "", nil
 	}
+	return b.secret(o)
+}
+
+// secret reads the password of o.
+func (b *builder) secret(o *Outbound) (string, error) {
 	p, err := b.secrets.password(o.PasswordFile, o.PasswordEnv)
 	if err != nil && o.PasswordFile != "" {
 		return "", fmt.Errorf("password-file: %w", err)

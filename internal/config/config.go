@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/internal/sshlink"
 	"github.com/sluice-proxy/sluice/relay"
 )
 
@@ -55,8 +56,13 @@ type Config struct {
 	Inbounds  []Inbound  `yaml:"inbounds"`
 	Outbounds []Outbound `yaml:"outbounds"`
 
-	src source
+	src    source
+	prompt sshlink.Prompt
 }
+
+// Ask has passwords, passphrases and unknown host keys asked at p, by what Build makes from then on.
+// Without it, or with nil, nobody is asked.
+func (c *Config) Ask(p sshlink.Prompt) { c.prompt = p }
 
 // Log says what is logged and how.
 type Log struct {
@@ -94,12 +100,17 @@ type Outbound struct {
 	User         string   `yaml:"user"`
 	PasswordFile string   `yaml:"password-file"`
 	PasswordEnv  string   `yaml:"password-env"`
-	CAFile       string   `yaml:"ca-file"`     // PEM certificates to trust in place of the system's
-	ServerName   string   `yaml:"server-name"` // the name on the server's certificate; default: server's host
-	Bind         IP       `yaml:"bind"`        // local address of the connections
-	Interface    string   `yaml:"interface"`   // network interface of the connections
-	Mark         int      `yaml:"mark"`        // firewall mark of the connections
-	Via          []string `yaml:"via"`         // how the server is reached, first hop first
+	CAFile       string   `yaml:"ca-file"`       // PEM certificates to trust in place of the system's
+	ServerName   string   `yaml:"server-name"`   // the name on the server's certificate; default: server's host
+	Bind         IP       `yaml:"bind"`          // local address of the connections
+	Interface    string   `yaml:"interface"`     // network interface of the connections
+	Mark         int      `yaml:"mark"`          // firewall mark of the connections
+	Host         SSHHost  `yaml:"host"`          // of SSH: a name, or an alias of ssh-config
+	IdentityFile string   `yaml:"identity-file"` // of SSH: the private key to offer first
+	KnownHosts   string   `yaml:"known-hosts"`   // of SSH: the file of host keys, in place of the user's
+	SSHConfig    string   `yaml:"ssh-config"`    // of SSH: the file with settings, in place of the user's and the system's; none: no file
+	Keep         bool     `yaml:"keep"`          // of SSH: stay connected
+	Via          []string `yaml:"via"`           // how the server is reached, first hop first
 }
 
 // Off is the Duration of a limit that is switched off. It is written off, or 0.
@@ -213,6 +224,34 @@ func bare(err error) error {
 		return nil
 	}
 	return errors.New(strings.TrimPrefix(err.Error(), "proxy: "))
+}
+
+// SSHHost is an SSH server, written as host or host:port. Without a port, and for a host that is an
+// alias, it is what the files of ssh_config(5) say.
+type SSHHost struct {
+	Name string
+	Port uint16 // 0: as the files say
+}
+
+// UnmarshalText reads a server.
+func (h *SSHHost) UnmarshalText(text []byte) error {
+	a, err := sshlink.ParseHost(string(text))
+	if err == nil && a.User != "" {
+		err = fmt.Errorf("%q: the user stands by itself, as user", text)
+	}
+	*h = SSHHost{a.Host, a.Port}
+	return err
+}
+
+// MarshalText writes h as UnmarshalText reads it.
+func (h SSHHost) MarshalText() ([]byte, error) { return []byte(h.String()), nil }
+
+// String returns h, with its port where it has one.
+func (h SSHHost) String() string {
+	if h.Port != 0 {
+		return proxy.TCP(h.Name, h.Port).HostPort()
+	}
+	return h.Name
 }
 
 // IP is an IP address, and empty where there is none.

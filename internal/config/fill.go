@@ -61,7 +61,7 @@ func (c *Config) fill(l *errorList) {
 			}
 		}
 		unique(l, names, in.Name, path+".name", i)
-		if a := proxy.Addr(in.Listen); a.Network == "unix" || a.Port != 0 {
+		if a := proxy.Addr(in.Listen); !isFar(in.Type) && (a.Network == "unix" || a.Port != 0) {
 			if first, taken := places[a]; taken {
 				l.add(path+".listen", "%v is taken by inbounds[%d]", a, first)
 			} else {
@@ -87,8 +87,13 @@ func (c *Config) fillInbound(l *errorList, in *Inbound, path string, outboundsSo
 	if in.MaxConns < 0 {
 		l.add(path+".max-conns", "%d is negative (remove the key for no limit)", in.MaxConns)
 	}
-	if in.Mode != 0 && in.Listen.Network == "tcp" {
+	if t.isFar() && (in.Mode != 0 || l.src.has(path+".mode")) {
+		l.add(path+".mode", "does not apply to type %s", t.name)
+	} else if in.Mode != 0 && in.Listen.Network == "tcp" {
 		l.add(path+".mode", "is for Unix sockets (listen: unix:///path)")
+	}
+	if t.isFar() && in.AcceptProxy {
+		l.add(path+".accept-proxy", "does not apply to type %s", t.name)
 	}
 	users := in.UsersFile != "" || in.UsersEnv != "" || l.src.has(path+".users-file") || l.src.has(path+".users-env")
 	switch listen := proxy.Addr(in.Listen); {
@@ -103,8 +108,12 @@ func (c *Config) fillInbound(l *errorList, in *Inbound, path string, outboundsSo
 			listen, l.spell("users-file", ""), l.spell("open", "true"))
 	}
 	if c.checkVia(l, path+".via", in.Via) && outboundsSound {
-		if _, err := c.chain(in.Via); err != nil {
+		hops, err := c.chain(in.Via)
+		switch {
+		case err != nil:
 			l.add(path+".via", "%w", err)
+		case t.isFar() && len(hops) > 0 && hops[len(hops)-1].out.Type != "ssh":
+			l.add(path+".via", "type %s listens at an SSH server, which must be the last hop (as in ssh://host)", t.name)
 		}
 	}
 }
@@ -151,7 +160,7 @@ func (o *Outbound) check(hasPassword bool) error {
 	switch {
 	case o.PasswordFile != "" && o.PasswordEnv != "":
 		return fmt.Errorf("one of password-file and password-env, not both")
-	case o.User != "" && !hasPassword:
+	case o.User != "" && !hasPassword && outboundTypeOf(o.Type).needsPassword():
 		return fmt.Errorf("user %s has no password: give password-file or password-env", o.User)
 	case o.User == "" && hasPassword && o.Server != (Dst{}):
 		return fmt.Errorf("a password without a user")

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"encoding"
 	"errors"
 	"fmt"
 	"net/url"
@@ -32,7 +33,7 @@ func (c *Config) resolve(s string) (hop, error) {
 		if err != nil {
 			return hop{}, err
 		}
-		return hop{o.Type + "://" + o.Server.String(), o}, nil
+		return hop{o.url(), o}, nil
 	}
 	names := []string{"direct", "reject"}
 	for i := range c.Outbounds {
@@ -51,6 +52,14 @@ func (c *Config) resolve(s string) (hop, error) {
 	return hop{}, fmt.Errorf("no outbound is called %s%s", s, didYouMean(s, names))
 }
 
+// url returns the server of o in URL form, without what is behind it.
+func (o *Outbound) url() string {
+	if o.Host != (SSHHost{}) {
+		return o.Type + "://" + o.Host.String()
+	}
+	return o.Type + "://" + o.Server.String()
+}
+
 const hopExample = "socks5://host:port"
 
 // parseHop reads an upstream proxy in URL form: type://[user@]host:port[?key=value&...]. The keys are
@@ -61,7 +70,7 @@ func parseHop(s string) (*Outbound, error) {
 		return nil, fmt.Errorf("not a URL of the form %s", hopExample)
 	}
 	t := outboundTypeOf(u.Scheme)
-	if t == nil || t.needs != "server" {
+	if t == nil || !t.isHop() {
 		return nil, fmt.Errorf("unknown kind of proxy %q%s", u.Scheme, didYouMean(u.Scheme, hopSchemes()))
 	}
 	o := &Outbound{Type: t.name}
@@ -75,7 +84,11 @@ func parseHop(s string) (*Outbound, error) {
 	if p := strings.TrimSuffix(u.Path, "/"); p != "" || u.Fragment != "" || u.Opaque != "" {
 		return nil, fmt.Errorf("nothing may follow host:port but ?key=value (as in %s)", hopExample)
 	}
-	if err := o.Server.UnmarshalText([]byte(u.Host)); err != nil {
+	server := encoding.TextUnmarshaler(&o.Server)
+	if t.needs == "host" {
+		server = &o.Host
+	}
+	if err := server.UnmarshalText([]byte(u.Host)); err != nil {
 		return nil, err
 	}
 	query, err := url.ParseQuery(u.RawQuery)
@@ -95,7 +108,7 @@ func parseHop(s string) (*Outbound, error) {
 			return nil, fmt.Errorf("%s: %w", key, err)
 		}
 	}
-	if o.User != "" && o.PasswordFile == "" && o.PasswordEnv == "" {
+	if t.needsPassword() && o.User != "" && o.PasswordFile == "" && o.PasswordEnv == "" {
 		return nil, fmt.Errorf("user %s has no password: add ?password-file=PATH or ?password-env=NAME", o.User)
 	}
 	return o, nil

@@ -15,6 +15,7 @@ var inboundTypes = []inboundType{
 	{"socks5", socks5, "", usersKeys},
 	{"http", httpProxy, "", usersKeys},
 	{"mixed", mixed, "", usersKeys},
+	{"reverse", reverse, "to via", ""},
 }
 
 // outboundTypes is the table of outbound types. A new one is a file in package outbound and a line
@@ -24,6 +25,7 @@ var outboundTypes = []outboundType{
 	{"socks5", socks5Out, "server", serverKeys},
 	{"http", httpOut, "server", serverKeys},
 	{"https", httpsOut, "server", serverKeys + " ca-file server-name"},
+	{"ssh", sshOut, "host", serverKeys + " identity-file known-hosts ssh-config keep"},
 	{"reject", reject, "", ""},
 }
 
@@ -43,15 +45,27 @@ type inboundType struct {
 	takes string // keys that may be given, beside inboundKeys
 }
 
+// outboundBuilder makes the dialer that o describes, which reaches its server through via (nil: directly).
+type outboundBuilder func(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error)
+
 type outboundType struct {
 	name  string
-	build func(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error)
+	build outboundBuilder
 	needs string
 	takes string
 }
 
+// isHop says whether the type has a server, and so can be written as a URL.
+func (t *outboundType) isHop() bool { return t.needs == "server" || t.needs == "host" }
+
+// needsPassword says whether a user is nobody without a password. SSH has keys.
+func (t *outboundType) needsPassword() bool { return t.name != "ssh" }
+
 // isProxy says whether the client chooses the destination.
 func (t *inboundType) isProxy() bool { return t.has("open") }
+
+// isFar says whether it listens at the last hop, and not on this machine.
+func (t *inboundType) isFar() bool { return hasWord("via", t.needs) }
 
 func (t *inboundType) has(key string) bool {
 	return hasWord(key, inboundKeys, t.needs, t.takes)
@@ -63,6 +77,11 @@ func (t *outboundType) has(key string) bool {
 
 func hasWord(word string, lists ...string) bool {
 	return slices.ContainsFunc(lists, func(l string) bool { return slices.Contains(strings.Fields(l), word) })
+}
+
+func isFar(name string) bool {
+	t := inboundTypeOf(name)
+	return t != nil && t.isFar()
 }
 
 // inboundTypeOf returns the line of the table, or nil.
@@ -105,7 +124,7 @@ func OutboundTypes() []string {
 func hopSchemes() []string {
 	var names []string
 	for _, t := range outboundTypes {
-		if t.needs == "server" {
+		if t.isHop() {
 			names = append(names, t.name)
 		}
 	}
