@@ -242,16 +242,16 @@ func (c *Conn) startReading() {
 func (c *Conn) Write(p []byte) (n int, err error) {
 	c.writeMu.Lock()
 	defer c.writeMu.Unlock()
+	select {
+	case <-c.closed:
+		return 0, net.ErrClosed
+	default:
+	}
 	if c.ended.Load() {
 		return 0, syscall.EPIPE
 	}
 	c.flushing.Do(c.startWriting)
 	for len(p) > 0 {
-		select {
-		case <-c.closed:
-			return n, net.ErrClosed
-		default:
-		}
 		b := takeBuffer(len(p) > smallSize)
 		b = b[:copy(b, p)]
 		c.writing.Store(true)
