@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
@@ -483,4 +484,13 @@ func TestClosedLink(t *testing.T) {
 	if _, err := l.Listen(withTimeout(t), "tcp", "127.0.0.1:0"); !errors.Is(err, net.ErrClosed) {
 		t.Error(err)
 	}
+}
+
+func parse(t testing.TB, address string) proxy.Addr {
+	t.Helper()
+	a, err := proxy.ParseDst(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
 }
