@@ -87,6 +87,9 @@ func (a *auth) next(c *ssh.ClientAuthContext) (ssh.AuthMethod, error) {
 		if len(a.keys) > 0 {
 			return ssh.PublicKeysCallback(a.signers), nil
 		}
+		if len(a.tried) == 0 {
+			a.tried = append(a.tried, "no key (there is none)")
+		}
 	}
 	interactive := slices.Contains(c.AllowedMethods, "keyboard-interactive")
 	if password := slices.Contains(c.AllowedMethods, "password"); !password && !interactive {
