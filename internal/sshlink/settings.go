@@ -115,7 +115,7 @@ func (r *configReader) settings(a Asked) (Settings, error) {
 			err = e
 		}
 	}
-	s.HostName = a.Host
+	s.HostName = strings.ToLower(a.Host)
 	if v, ok := r.first("hostname"); ok {
 		var e error
 		s.HostName, e = x.expand(v, "%h")

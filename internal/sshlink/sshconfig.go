@@ -272,9 +272,9 @@ func (r *configReader) match(args []string) (bool, error) {
 			if v, given := r.first("hostname"); given {
 				host, _ = expander{env: r.env, host: r.host, alias: r.host}.expand(v, "%h")
 			}
-			met = matchList(list, host)
+			met = matchList(lower(list), strings.ToLower(host))
 		case "originalhost":
-			met = matchList(list, r.host)
+			met = matchList(lower(list), strings.ToLower(r.host))
 		case "localuser":
 			met = matchList(list, r.env.User)
 		case "user":
@@ -303,7 +303,7 @@ func matchList(patterns []string, s string) bool {
 	ok := false
 	for _, p := range patterns {
 		not := strings.HasPrefix(p, "!")
-		if matchPattern(strings.ToLower(strings.TrimPrefix(p, "!")), strings.ToLower(s)) {
+		if matchPattern(strings.TrimPrefix(p, "!"), s) {
 			if not {
 				return false
 			}
@@ -311,6 +311,13 @@ func matchList(patterns []string, s string) bool {
 		}
 	}
 	return ok
+}
+
+func lower(list []string) []string {
+	for i := range list {
+		list[i] = strings.ToLower(list[i])
+	}
+	return list
 }
 
 // matchPattern matches s with a pattern in which * is any bytes and ? any one.
