@@ -176,7 +176,7 @@ inbounds: [{type: mixed, listen: 1}]
 		{"inbounds", `
 inbounds:
 - type: sock5       # inbounds[0].type: unknown type "sock5" (did you mean socks5?)
-- listen: 1         # inbounds[1].type: missing (one of forward, socks5, http, mixed)
+- listen: 1         # inbounds[1].type: missing (one of forward, socks5, http, mixed, reverse)
 - type: forward     # inbounds[2].listen: missing # inbounds[2].to: missing
   open: true        # inbounds[2].open: does not apply to type forward
   max-conns: -1     # inbounds[2].max-conns: -1 is negative (remove the key for no limit)
@@ -252,7 +252,7 @@ inbounds:
   - socks5://bob@corp:1  # inbounds[1].via[9]: user bob has no password: add ?password-file=PATH or ?password-env=NAME
   - http://corp:1?password-env=P # inbounds[1].via[10]: a password without a user
   - {name: corp}         # inbounds[1].via[11]: expected one value, found keys with values
-  - direct://            # inbounds[1].via[12]: unknown kind of proxy "direct" (known: socks5, http, https)
+  - direct://            # inbounds[1].via[12]: unknown kind of proxy "direct" (known: socks5, http, https, ssh)
 - type: mixed
   listen: 3
   via: [corp, direct]    # inbounds[2].via: direct is a direct way and can only be the first hop
@@ -268,7 +268,7 @@ outbounds:
 inbounds: [{type: mixed, listen: 1}]
 outbounds:
 - type: socks        # outbounds[0].name: missing # outbounds[0].type: unknown type "socks" (did you mean socks5?)
-- name: a            # outbounds[1].type: missing (one of direct, socks5, http, https, reject)
+- name: a            # outbounds[1].type: missing (one of direct, socks5, http, https, ssh, reject)
 - name: a            # outbounds[2].name: a is the name of entry 1, too # outbounds[2].server: missing
   type: http
 - name: b
@@ -338,9 +338,9 @@ outbounds:
 // TestErrorsInOrder: the complaints come in the order of the file, whichever step found them.
 func TestErrorsInOrder(t *testing.T) {
 	_, err := Load("s.yaml", []byte("inbounds:\n- type: x\n  listen: y\n- type: z\nfoo: 1\n"))
-	want := "s.yaml:2: inbounds[0].type: unknown type \"x\" (known: forward, socks5, http, mixed)\n" +
+	want := "s.yaml:2: inbounds[0].type: unknown type \"x\" (known: forward, socks5, http, mixed, reverse)\n" +
 		"s.yaml:3: inbounds[0].listen: address \"y\": missing port (as in y:80)\n" +
-		"s.yaml:4: inbounds[1].type: unknown type \"z\" (known: forward, socks5, http, mixed)\n" +
+		"s.yaml:4: inbounds[1].type: unknown type \"z\" (known: forward, socks5, http, mixed, reverse)\n" +
 		"s.yaml:5: foo: unknown key (known: log, idle, half-open, dial-timeout, handshake-timeout, grace, busy-poll, inbounds, outbounds)"
 	if err == nil || err.Error() != want {
 		t.Errorf("got\n%v\nwant\n%s", err, want)
