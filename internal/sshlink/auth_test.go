@@ -96,7 +96,7 @@ func TestPassphrase(t *testing.T) {
 	s := proxytest.StartSSHD(t)
 	for _, format := range []string{"RFC4716", "PEM"} {
 		locked := filepath.Join(s.Dir, "locked"+format)
-		proxytest.Keygen(t, locked, "-t", "rsa", "-b", "2048", "-N", "correct horse", "-m", format)
+		proxytest.Keygen(t, locked, "-t", "rsa", "-b", "2048", "-a", "1", "-N", "correct horse", "-m", format)
 		s.Authorize(locked)
 
 		l, book := newLink(t, s)
@@ -136,7 +136,7 @@ func TestPassphrase(t *testing.T) {
 		letIn(t, l, locked, "passphrase", "no terminal")
 	}
 	unauthorized := filepath.Join(s.Dir, "unauthorized")
-	proxytest.Keygen(t, unauthorized, "-N", "secret")
+	proxytest.Keygen(t, unauthorized, "-a", "1", "-N", "secret")
 	l, _ := newLink(t, s)
 	l.Settings.IdentityFiles = []string{unauthorized}
 	person := &typist{}
@@ -202,7 +202,7 @@ func TestAgent(t *testing.T) {
 	proxytest.Keygen(t, locked)
 	addToAgent(t, agent, locked)
 	s.Authorize(locked)
-	if out, err := exec.Command("ssh-keygen", "-q", "-p", "-P", "", "-N", "secret", "-f", locked).CombinedOutput(); err != nil {
+	if out, err := exec.Command("ssh-keygen", "-q", "-p", "-P", "", "-a", "1", "-N", "secret", "-f", locked).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	l, _ = newLink(t, s)
@@ -219,7 +219,7 @@ func TestUserCertificates(t *testing.T) {
 	ca := filepath.Join(t.TempDir(), "ca")
 	proxytest.Keygen(t, ca)
 	s := proxytest.StartSSHD(t, "TrustedUserCAKeys "+ca+".pub")
-	for name, args := range map[string][]string{"ed25519": {"-t", "ed25519"}, "rsa": {"-t", "rsa", "-b", "2048"}, "locked": {"-N", "secret"}} {
+	for name, args := range map[string][]string{"ed25519": {"-t", "ed25519"}, "rsa": {"-t", "rsa", "-b", "2048"}, "locked": {"-a", "1", "-N", "secret"}} {
 		key := filepath.Join(s.Dir, name)
 		proxytest.Keygen(t, key, args...)
 		l, _ := newLink(t, s)

@@ -170,7 +170,7 @@ func TestSSHAsksAtTheTerminal(t *testing.T) {
 	s := proxytest.StartSSHD(t)
 	os.Remove(s.KnownHosts)
 	locked := filepath.Join(s.Dir, "locked")
-	proxytest.Keygen(t, locked, "-N", "open sesame")
+	proxytest.Keygen(t, locked, "-a", "1", "-N", "open sesame")
 	s.Authorize(locked)
 	s.UserKey = locked
 	person, tty := openTerminal(t)
