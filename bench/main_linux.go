@@ -162,9 +162,12 @@ func (b *bench) main(ctx context.Context, args []string) error {
 	return cmd.Run()
 }
 
+// isProgram says whether the peer called name is the sluice program.
+func isProgram(name string) bool { return name == "sluice" || name == "sluice-ssh" }
+
 // build compiles sluice into dir, or leaves the reason there why it cannot.
 func (b *bench) build(ctx context.Context, dir string) {
-	if b.sluice != "" || b.peers != "" && !slices.Contains(strings.Split(b.peers, ","), "sluice") {
+	if b.sluice != "" || b.peers != "" && !slices.ContainsFunc(strings.Split(b.peers, ","), isProgram) {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)

@@ -51,6 +51,8 @@ func allPeers(k *kit) []peer {
 			start: socat},
 		{name: "openssh", about: "ssh -N -L and its sshd, both counted, default cipher",
 			needs: []string{"ssh", "sshd", "ssh-keygen"}, version: []string{"ssh", "-V"}, start: openssh},
+		{name: "sluice-ssh", about: "sluice forward --via ssh://, and its sshd, both counted",
+			needs: []string{"sshd", "ssh-keygen"}, start: sluiceSSH},
 		{name: "iocopy", about: "Go, two io.Copy with half-close (splice)", start: baseline("iocopy")},
 		{name: "pooled", about: "Go, copy through pooled 32 KiB, no splice", start: baseline("pooled")},
 		{name: "closeboth", about: "Go, copy through pooled 16 KiB, first end closes both", start: baseline("closeboth")},
@@ -66,7 +68,7 @@ func (k *kit) missing(p peer) error {
 			return err
 		}
 	}
-	if p.name == "sluice" && k.sluice == "" {
+	if isProgram(p.name) && k.sluice == "" {
 		return k.why
 	}
 	return nil
@@ -216,8 +218,27 @@ UsePAM no
 LogLevel ERROR
 `
 
-// openssh starts an sshd with keys of its own, and a client that forwards listen to origin through it.
+// openssh starts an sshd, and ssh as a client that forwards listen to origin through it.
 func openssh(k *kit, dir, listen, origin string) ([]*process, error) {
+	return throughSSH(dir, func(me, host, port, known string) ([]*process, error) {
+		return run1("ssh", "-N", "-F", "none", "-L", listen+":"+origin, "-p", port,
+			"-i", filepath.Join(dir, "client"), "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none",
+			"-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-o", "StrictHostKeyChecking=yes",
+			"-o", "UserKnownHostsFile="+known, "-o", "GlobalKnownHostsFile=none", me+"@"+host)
+	})
+}
+
+// sluiceSSH does the same with sluice as the client.
+func sluiceSSH(k *kit, dir, listen, origin string) ([]*process, error) {
+	return throughSSH(dir, func(me, host, port, known string) ([]*process, error) {
+		return run1(k.sluice, "forward", listen, origin, "--log-level", "warn", "--via",
+			fmt.Sprintf("ssh://%s@%s:%s?identity-file=%s&known-hosts=%s&ssh-config=none",
+				me, host, port, filepath.Join(dir, "client"), known))
+	})
+}
+
+// throughSSH starts an sshd with keys of its own, and a client for it.
+func throughSSH(dir string, client func(me, host, port, known string) ([]*process, error)) ([]*process, error) {
 	me, err := user.Current()
 	if err != nil {
 		return nil, err
@@ -271,15 +292,12 @@ func openssh(k *kit, dir, listen, origin string) ([]*process, error) {
 		stopAll(ps)
 		return nil, fmt.Errorf("sshd: %w", err)
 	}
-	client, err := run1("ssh", "-N", "-F", "none", "-L", listen+":"+origin, "-p", port,
-		"-i", filepath.Join(dir, "client"), "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none",
-		"-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-o", "StrictHostKeyChecking=yes",
-		"-o", "UserKnownHostsFile="+known, "-o", "GlobalKnownHostsFile=none", me.Username+"@"+host)
+	started, err := client(me.Username, host, port, known)
 	if err != nil {
 		stopAll(ps)
 		return nil, err
 	}
-	return append(ps, client...), nil
+	return append(ps, started...), nil
 }
 
 // freeAddr returns a loopback address whose port is free now.

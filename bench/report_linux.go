@@ -133,7 +133,7 @@ func newReport(b *bench, k *kit, peers []peer, tests []test) *Report {
 			f.Missing = err.Error()
 			r.missing[p.name] = f.Missing
 			fmt.Fprintf(b.log, "%s is left out: %v\n", p.name, err)
-		} else if p.name == "sluice" {
+		} else if isProgram(p.name) {
 			f.Version = versionOf([]string{k.sluice, "version"})
 		} else {
 			f.Version = versionOf(p.version)
