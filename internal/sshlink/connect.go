@@ -14,7 +14,7 @@ import (
 // clientVersion is how we introduce ourselves, RFC 4253 section 4.2.
 const clientVersion = "SSH-2.0-sluice"
 
-// errSlow is why a handshake is given up.
+// slowError is why a handshake is given up.
 type slowError struct{ limit time.Duration }
 
 func (e *slowError) Error() string {
@@ -41,7 +41,7 @@ func (l *Link) connect() (*session, error) {
 	conn, err := l.DialServer(ctx, set.HostName, set.Port)
 	cancel()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("server unreachable: %w", err)
 	}
 	w := newWire(conn)
 	limit := newClock(set.ConnectTimeout, func() { w.fail(&slowError{set.ConnectTimeout}) })
@@ -50,7 +50,7 @@ func (l *Link) connect() (*session, error) {
 	defer stop()
 
 	addr := net.JoinHostPort(set.keyName(), strconv.Itoa(int(set.Port)))
-	ask := asker{l.Prompt, l.ctx, limit}
+	ask := asker{l.whom(), l.ctx, limit}
 	keys, err := set.hostKeys(addr, ask, l.Log)
 	if err != nil {
 		w.Close()

@@ -58,6 +58,7 @@ type Link struct {
 	final     bool  // lastErr is nothing that time heals
 	nudge     chan struct{}
 	listeners []*Listener
+	annoyed   bool   // asking people was in vain: only for a stream that waits they are asked again
 	said      string // the last complaint logged
 	lostAt    time.Time
 }
@@ -72,6 +73,8 @@ const (
 	maxPause   = 30 * time.Second
 	// nudgePause is how soon after an attempt a new stream may cause another.
 	nudgePause = time.Second
+	// lasting is how long a connection must have stood for the pauses to begin anew.
+	lasting = 5 * time.Second
 )
 
 // begin prepares l. It is called with l.mu held.
@@ -204,10 +207,15 @@ func (l *Link) run() {
 			}
 			continue
 		}
-		tries = 0
+		begin := time.Now()
 		l.connected(s)
 		<-s.wire.dead
 		if !l.lost(s) {
+			break
+		}
+		if time.Since(begin) >= lasting {
+			tries = 0
+		} else if tries++; !l.pause(tries) { // a server that lets us in and throws us out
 			break
 		}
 	}
@@ -219,6 +227,7 @@ func (l *Link) failed(err error) bool {
 	defer l.mu.Unlock()
 	l.attempts++
 	l.lastErr, l.final = fmt.Errorf("sshlink: %s: %w", l.Name, err), isFinal(err)
+	l.annoyed = l.annoyed || l.final
 	if !l.closed && err.Error() != l.said {
 		l.said = err.Error()
 		words := "SSH: cannot connect"
@@ -240,7 +249,7 @@ func (l *Link) failed(err error) bool {
 func (l *Link) connected(s *session) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.up, l.lastErr, l.final, l.said = s, nil, false, ""
+	l.up, l.lastErr, l.final, l.annoyed, l.said = s, nil, false, false, ""
 	switch {
 	case l.closed:
 		s.wire.Close()
@@ -280,6 +289,16 @@ func (l *Link) lost(s *session) bool {
 func (l *Link) bury(s *session) {
 	defer l.all.Done()
 	s.wait()
+}
+
+// whom returns who may be asked now.
+func (l *Link) whom() Prompt {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.annoyed && l.waiting == 0 {
+		return nil
+	}
+	return l.Prompt
 }
 
 // pause waits before another attempt, after so many that failed; it says whether that is still wanted.

@@ -346,8 +346,11 @@ func TestServerThatWasNeverThereIsRefusedAtOnce(t *testing.T) {
 	}
 }
 
+// TestRestartsUnderLoad cuts a link in use again and again, for SLUICE_SOAK (as in 30m) or three times.
+// In the end nothing is left but the streams and listeners that there should be.
 func TestRestartsUnderLoad(t *testing.T) {
 	proxytest.NoLeaks(t)
+	soak, _ := time.ParseDuration(os.Getenv("SLUICE_SOAK"))
 	s := proxytest.StartSSHD(t)
 	l, book := newLink(t, s)
 	l.Keep = true
@@ -381,19 +384,28 @@ func TestRestartsUnderLoad(t *testing.T) {
 			}
 		})
 	}
-	for range 3 {
+	ln, err := l.Listen(withTimeout(t), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	wait := serveEcho(ln)
+	far, cuts := ln.Addr().String(), 0
+	for begin := time.Now(); cuts < 3 || time.Since(begin) < soak; cuts++ {
 		proxytest.Until(t, "the link is up", func() bool { return l.isUp() })
 		time.Sleep(50 * time.Millisecond)
 		s.Kill()
 		proxytest.Until(t, "the link is down", func() bool { return !l.isUp() })
 		s.Run()
 	}
-	proxytest.Until(t, "the link is up at last", func() bool { return l.isUp() })
+	proxytest.Until(t, "the listener is back", func() bool { return dialEcho("tcp", far) == nil })
 	close(stop)
 	all.Wait()
-	if n := strings.Count(book.String(), "connection lost"); n != 3 {
-		t.Errorf("lost %d times, said %d times:\n%s", 3, n, book)
+	ln.Close()
+	wait()
+	if n := strings.Count(book.String(), "connection lost"); n != cuts {
+		t.Errorf("lost %d times, said %d times:\n%s", cuts, n, book)
 	}
+	t.Logf("%d cuts", cuts)
 }
 
 func (l *Link) isUp() bool {
