@@ -30,14 +30,16 @@ func TestDocsNameEveryKey(t *testing.T) {
 	}
 }
 
-// TestDocsExampleIsGood loads the example in docs/config.md.
-func TestDocsExampleIsGood(t *testing.T) {
-	_, rest, ok := strings.Cut(read(t, "../../docs/config.md"), "```yaml\n")
-	example, _, closed := strings.Cut(rest, "```")
-	if !ok || !closed {
-		t.Fatal("docs/config.md has no example")
-	}
-	if _, err := Load("example.yaml", []byte(example)); err != nil {
-		t.Error(err)
+// TestDocsExamplesAreGood loads the first example of each page that has one.
+func TestDocsExamplesAreGood(t *testing.T) {
+	for _, page := range []string{"config.md", "ssh.md"} {
+		_, rest, ok := strings.Cut(read(t, "../../docs/"+page), "```yaml\n")
+		example, _, closed := strings.Cut(rest, "```")
+		if !ok || !closed {
+			t.Fatalf("docs/%s has no example", page)
+		}
+		if _, err := Load("example.yaml", []byte(example)); err != nil {
+			t.Errorf("docs/%s: %v", page, err)
+		}
 	}
 }
