@@ -4,6 +4,7 @@ package outbound_test
 
 import (
 	"context"
+	"io"
 	"net"
 	"testing"
 
@@ -92,4 +93,64 @@ func TestReverseConforms(t *testing.T) {
 		Origin: origin, Dial: relaytest.Forward("tcp", in.BoundAddr().String()),
 		ClientCaps: sshCaps, OriginCaps: sshCaps, Meter: relaytest.InProcess(),
 	}, relaytest.Options{Rounds: 50})
+}
+
+// TestLostLinkResetsTheClient: a transfer that the loss of the link cuts short must not look complete.
+func TestLostLinkResetsTheClient(t *testing.T) {
+	proxytest.NoLeaks(t)
+	s := proxytest.StartSSHD(t)
+	origin := proxytest.Listen(t, "tcp", func(c net.Conn) {
+		c.Write([]byte("half a re"))
+		proxytest.Sink(c)
+	})
+	in := &inbound.Forward{Listener: inbound.Listener{Addr: proxy.TCP("127.0.0.1", 0)}, To: origin.Addr}
+	serving(t, in, &outbound.SSH{Link: sshLink(t, s)})
+	to, err := proxy.ParseDst(in.BoundAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := proxytest.Dial(t, to)
+	if _, err := io.ReadFull(c, make([]byte, 9)); err != nil {
+		t.Fatal(err)
+	}
+	s.Kill()
+	if !proxytest.Resets(c) {
+		t.Error("the client saw a clean end")
+	}
+}
+
+// TestReverseFlows looks at what an inbound at the server tells of its clients.
+func TestReverseFlows(t *testing.T) {
+	proxytest.NoLeaks(t)
+	s := proxytest.StartSSHD(t)
+	in := &inbound.Reverse{
+		Listener: inbound.Listener{Name: "far", Addr: proxy.TCP("127.0.0.1", 0)}, Link: sshLink(t, s), To: proxy.TCP("origin.test", 1),
+	}
+	if err := in.Listen(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h := &proxytest.RecordingHandler{}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		in.Serve(context.Background(), h)
+	}()
+	to, err := proxy.ParseDst(in.BoundAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := proxytest.Dial(t, to)
+	if _, err := c.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	f := h.Flows()[0]
+	if f.Inbound != "far" || f.Dst != in.To || f.Client.String() != c.LocalAddr().String() {
+		t.Errorf("flow %+v of a client at %v", f, c.LocalAddr())
+	}
+	c.Close()
+	in.Close()
+	<-done
 }
