@@ -83,7 +83,7 @@ func TestBlackHole(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer silent.Close()
-	l, book := newLink(t, s, "ServerAliveInterval 1", "ServerAliveCountMax 3", "ConnectTimeout 2")
+	l, book := newLink(t, s, "ServerAliveInterval 1", "ServerAliveCountMax 2", "ConnectTimeout 2")
 	l.Keep = true
 	l.DialServer = func(ctx context.Context, host string, port uint16) (c net.Conn, err error) {
 		err = ns.in(func() (err error) {

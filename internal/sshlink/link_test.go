@@ -417,7 +417,7 @@ func (l *Link) isUp() bool {
 func TestFrozenServerIsNoticed(t *testing.T) {
 	proxytest.NoLeaks(t)
 	s := proxytest.StartSSHD(t)
-	l, book := newLink(t, s, "ServerAliveInterval 1", "ServerAliveCountMax 3")
+	l, book := newLink(t, s, "ServerAliveInterval 1", "ServerAliveCountMax 2")
 	origin := proxytest.Listen(t, "tcp", proxytest.Echo)
 	c, err := l.Dial(withTimeout(t), "tcp", origin.Addr.HostPort())
 	if err != nil {
@@ -439,10 +439,10 @@ func TestFrozenServerIsNoticed(t *testing.T) {
 	if !errors.Is(err, syscall.ECONNRESET) || !errors.Is(err, errSilent) {
 		t.Errorf("read: %v", err)
 	}
-	if d > 4*time.Second { // 3 and what a loaded machine takes
+	if d > 4*time.Second { // 2 and what a loaded machine takes
 		t.Errorf("noticed after %v", d)
 	}
-	proxytest.Until(t, "it is logged", func() bool { return strings.Contains(book.String(), "does not answer for 3s") })
+	proxytest.Until(t, "it is logged", func() bool { return strings.Contains(book.String(), "does not answer for 2s") })
 }
 
 // strange starts a server that does with each conn what serve says, and returns settings for it.
@@ -470,6 +470,7 @@ func TestServersThatAreNone(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			l := strange(t, serve)
 			begin := time.Now()
 			_, err := l.Dial(withTimeout(t), "tcp", "127.0.0.1:1")
