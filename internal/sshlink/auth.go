@@ -60,6 +60,7 @@ type auth struct {
 	server   string // its name
 
 	agentConn net.Conn
+	stopAgent func() bool
 	keys      []*candidate // nil until they were collected
 	collected bool
 	offered   bool // the keys, since the last one turned out to be of no use
@@ -121,8 +122,9 @@ func (a *auth) next(c *ssh.ClientAuthContext) (ssh.AuthMethod, error) {
 	return ssh.PasswordCallback(a.askPassword), nil
 }
 
-// over is the end: no method is left.
+// over is the end: no method is left. What was typed in was wrong.
 func (a *auth) over(server string) error {
+	a.secrets.setPassword("")
 	return &AuthError{User: a.set.User, Tried: a.tried, Allowed: a.allowed, server: server}
 }
 
@@ -298,7 +300,7 @@ func (a *auth) agentKeys() []*candidate {
 		return nil
 	}
 	a.agentConn = conn
-	context.AfterFunc(a.ask.ctx, func() { conn.Close() })
+	a.stopAgent = context.AfterFunc(a.ask.ctx, func() { conn.Close() })
 	client := agent.NewClient(conn)
 	signers, err := client.Signers()
 	if err != nil {
@@ -322,6 +324,7 @@ func (a *auth) agentKeys() []*candidate {
 // close ends what the handshake has opened.
 func (a *auth) close() {
 	if a.agentConn != nil {
+		a.stopAgent()
 		a.agentConn.Close()
 	}
 }

@@ -3,6 +3,7 @@
 package sshlink
 
 import (
+	"context"
 	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
@@ -16,8 +17,10 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 
@@ -379,4 +382,56 @@ func TestPasswords(t *testing.T) {
 	if strings.Contains(strings.Join(person.asked, ""), "\x1b") {
 		t.Errorf("asked %q", person.asked)
 	}
+}
+
+// TestServerThatThrowsUsOut: a kept link must not come back at once, again and again.
+func TestServerThatThrowsUsOut(t *testing.T) {
+	proxytest.NoLeaks(t)
+	l := passwordServer(t, &ssh.ServerConfig{NoClientAuth: true})
+	var dials atomic.Int32
+	l.Keep = true
+	l.DialServer = func(ctx context.Context, host string, port uint16) (net.Conn, error) {
+		dials.Add(1)
+		c, err := dialTCP(ctx, host, port)
+		if err == nil {
+			time.AfterFunc(50*time.Millisecond, func() { c.(*net.TCPConn).CloseRead() })
+		}
+		return c, err
+	}
+	if err := l.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(1500 * time.Millisecond)
+	l.Close()
+	if n := dials.Load(); n < 2 || n > 5 {
+		t.Errorf("%d connections in 1.5 s", n)
+	}
+}
+
+// TestKeptLinkDoesNotNag: a person who cannot answer is asked for one connection, not for each.
+func TestKeptLinkDoesNotNag(t *testing.T) {
+	proxytest.NoLeaks(t)
+	l := passwordServer(t, &ssh.ServerConfig{PasswordCallback: func(ssh.ConnMetadata, []byte) (*ssh.Permissions, error) {
+		return nil, errors.New("wrong")
+	}})
+	l.Keep = true
+	person := &typist{rules: [][2]string{{"", "guess"}}}
+	l.Prompt = person
+	var dials atomic.Int32
+	l.DialServer = func(ctx context.Context, host string, port uint16) (net.Conn, error) {
+		dials.Add(1)
+		return dialTCP(ctx, host, port)
+	}
+	if err := l.Start(); err != nil {
+		t.Fatal(err)
+	}
+	proxytest.Until(t, "another attempt", func() bool { return dials.Load() >= 3 })
+	if n := person.count(); n != 3 {
+		t.Errorf("asked %d times", n)
+	}
+	letIn(t, l, "passwords typed in") // for a stream that waits
+	if n := person.count(); n != 6 {
+		t.Errorf("asked %d times", n)
+	}
+	l.Close()
 }
