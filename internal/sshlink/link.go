@@ -59,6 +59,7 @@ type Link struct {
 	nudge     chan struct{}
 	listeners []*Listener
 	annoyed   bool   // asking people was in vain: only for a stream that waits they are asked again
+	silent    bool   // nobody was asked in the last attempt
 	said      string // the last complaint logged
 	lostAt    time.Time
 }
@@ -225,7 +226,9 @@ func (l *Link) run() {
 func (l *Link) failed(err error) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.attempts++
+	if !l.silent || l.waiting == 0 { // else somebody came who is to be asked
+		l.attempts++
+	}
 	l.lastErr, l.final = fmt.Errorf("sshlink: %s: %w", l.Name, err), isFinal(err)
 	l.annoyed = l.annoyed || l.final
 	if !l.closed && err.Error() != l.said {
@@ -295,7 +298,7 @@ func (l *Link) bury(s *session) {
 func (l *Link) whom() Prompt {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.annoyed && l.waiting == 0 {
+	if l.silent = l.annoyed && l.waiting == 0; l.silent {
 		return nil
 	}
 	return l.Prompt
