@@ -46,6 +46,7 @@ type Conn struct {
 	flushing sync.Once
 	out      chan []byte // to flush
 	wrote    chan written
+	flushed  chan struct{} // closed when flush has ended
 }
 
 type control uint8
@@ -128,38 +129,57 @@ func putBuffer(b []byte) {
 func (c *Conn) pump() {
 	defer c.s.all.Done()
 	defer close(c.in)
-	for full := false; ; {
-		select {
-		case <-c.turns:
-		case <-c.closed:
-			return
-		case <-c.s.link.ctx.Done():
-			c.readErr = ErrClosed
-			return
-		}
+	for full := false; c.turn(); {
 		b := takeBuffer(full)
 		n, err := c.ch.Read(b)
 		full = n >= smallSize
-		if n > 0 {
-			select {
-			case c.in <- b[:n]:
-			case <-c.closed:
-				putBuffer(b)
-				return
-			case <-c.s.link.ctx.Done():
-				putBuffer(b)
-				c.readErr = ErrClosed
-				return
-			}
-		} else {
+		if n == 0 {
 			putBuffer(b)
 			c.turns <- struct{}{}
+		} else if !c.handOver(b[:n]) {
+			putBuffer(b)
+			return
 		}
 		if err != nil {
 			c.readErr = c.readError(err)
 			return
 		}
 	}
+}
+
+// turn waits until pump may read ahead; false where nobody reads any more. Here and below, what needs
+// no waiting is tried first: a select locks all its channels, and those of the link are many streams'.
+func (c *Conn) turn() bool {
+	select {
+	case <-c.turns:
+		return true
+	default:
+	}
+	select {
+	case <-c.turns:
+		return true
+	case <-c.closed:
+	case <-c.s.link.ctx.Done():
+		c.readErr = ErrClosed
+	}
+	return false
+}
+
+// handOver gives b to Read; false where nobody reads any more.
+func (c *Conn) handOver(b []byte) bool {
+	select {
+	case c.in <- b:
+		return true
+	default:
+	}
+	select {
+	case c.in <- b:
+		return true
+	case <-c.closed:
+	case <-c.s.link.ctx.Done():
+		c.readErr = ErrClosed
+	}
+	return false
 }
 
 // settle is how long the death of the connection may take to be known after its effect on a channel.
@@ -257,7 +277,7 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		c.writing.Store(true)
 		select {
 		case c.out <- b:
-		case <-c.s.over: // nobody flushes any more
+		case <-c.flushed: // nobody flushes any more
 			putBuffer(b)
 			return n, c.brokenBy(net.ErrClosed)
 		case <-c.closed:
@@ -281,14 +301,18 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 
 func (c *Conn) startWriting() {
 	c.out, c.wrote = make(chan []byte), make(chan written, 1)
+	c.flushed = make(chan struct{})
 	if c.s.begin() {
 		go c.flush()
+	} else {
+		close(c.flushed)
 	}
 }
 
 // flush writes what Write hands over.
 func (c *Conn) flush() {
 	defer c.s.all.Done()
+	defer close(c.flushed)
 	for {
 		select {
 		case b := <-c.out:
