@@ -1,4 +1,5 @@
-# make test is the whole test: it installs what the tests need, and a skipped test is a failure.
+# make test is the whole test: it installs what the tests need, and a skipped test is a failure. The packages run one by
+# one, as many of them watch the clock.
 
 GO          ?= go
 FUZZTIME    ?= 10s
@@ -16,7 +17,7 @@ build:
 
 test:
 	test/install
-	SLUICE_TEST_NOSKIP=1 SLUICE_SCHEDULES=60s $(GO) run ./test/noskip -race -count=1 ./...
+	SLUICE_TEST_NOSKIP=1 SLUICE_SCHEDULES=60s $(GO) run ./test/noskip -race -count=1 -p 1 ./...
 
 lint:
 	@unformatted="$$(gofmt -l .)"; if [ -n "$$unformatted" ]; then echo "gofmt -w these: $$unformatted"; exit 1; fi

@@ -20,7 +20,7 @@ var options = relaytest.Options{
 	Bytes:   512 << 10,
 	Rounds:  20,
 	Silence: 100 * time.Millisecond,
-	Prompt:  time.Second,
+	Prompt:  3 * time.Second,
 	Held:    48 << 20,
 	Timeout: 40 * time.Second,
 }
