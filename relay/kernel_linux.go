@@ -52,7 +52,7 @@ type kside struct {
 // kway is one direction.
 type kway struct {
 	head   []byte           // what a handshake has read too much, first to be written
-	buf    *[largeSize]byte // held[:] lies in it
+	buf    *[largeSize]byte // may be there without held bytes, until release
 	off, n int32            // held bytes are buf[off:n]
 	pipe   *pipe            // holds pipe.n bytes
 	full   uint8            // full reads in a row, copying; small ones, splicing
@@ -62,7 +62,7 @@ type kway struct {
 const (
 	spliceAfter   = 2        // full reads in a row that make a direction splice
 	copyAfter     = 4        // small splices in a row that make it copy again
-	smallSplice   = 16 << 10 //
+	smallSplice   = 16 << 10 // a splice of less is small
 	turnBytes     = 1 << 20  // what a direction may move before others have their turn
 	minSplicePipe = 64 << 10
 )
@@ -418,13 +418,9 @@ func (p *kpair) takeSplice(l *loop, s Side, w *kway, src *kside, moved, limit in
 	switch {
 	case err == unix.EAGAIN && moved > 0:
 		src.readable = false
-	case err == unix.EAGAIN || err == unix.EINVAL:
-		// Readable, and yet there is nothing to splice: the mark of urgent data may stand in the way.
-		if n, err = p.takeCopy(l, s, w, src, limit); n > 0 {
-			p.setSplice(s, false)
-		}
-	case n == 0 && err == nil:
-		// The end, or the mark of urgent data with the end somewhere behind it: a read can tell.
+	case err == unix.EAGAIN, err == unix.EINVAL, n == 0 && err == nil:
+		// Readable, and yet there is nothing to splice; or it looks like the end. The mark of urgent data may
+		// stand in the way, with more behind it: a read can tell.
 		if n, err = p.takeCopy(l, s, w, src, limit); n > 0 {
 			p.setSplice(s, false)
 		}

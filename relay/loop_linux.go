@@ -2,6 +2,7 @@ package relay
 
 import (
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -149,16 +150,6 @@ func (l *loop) hold() bool {
 	return true
 }
 
-// removeLoop takes l off the list, whose lock is held.
-func removeLoop(l *loop) {
-	for i, x := range loops.all {
-		if x == l {
-			loops.all = append(loops.all[:i], loops.all[i+1:]...)
-			return
-		}
-	}
-}
-
 func newLoop() (*loop, error) {
 	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
@@ -283,7 +274,7 @@ func (l *loop) end() bool {
 		return false
 	}
 	l.closed = true
-	removeLoop(l)
+	loops.all = slices.DeleteFunc(loops.all, func(x *loop) bool { return x == l })
 	return true
 }
 
@@ -326,12 +317,9 @@ func (l *loop) wait(t *waiting) int {
 		return l.epoll(-1, false)
 	}
 	if spin := l.busyPoll.Load(); spin > 0 && t.worked {
-		for {
-			if n := l.epoll(0, true); n > 0 || l.mail.Load() || clock()-l.now > spin {
-				if n > 0 || l.mail.Load() {
-					return n
-				}
-				break
+		for clock()-l.now <= spin {
+			if n := l.epoll(0, true); n > 0 || l.mail.Load() {
+				return n
 			}
 		}
 	}

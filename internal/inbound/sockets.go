@@ -27,7 +27,7 @@ type socketServer struct {
 // without blocking, or leaves it to handle and returns false.
 func (l *Listener) serveSockets(ctx context.Context, handle func(context.Context, *client), now func(context.Context, *client) bool) bool {
 	s := l.s
-	if now == nil || !s.silent {
+	if !s.silent {
 		return false
 	}
 	stop := context.AfterFunc(ctx, s.close)
