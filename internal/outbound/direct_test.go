@@ -79,7 +79,7 @@ func TestDirectErrors(t *testing.T) {
 	canceled, cancel := context.WithCancel(ctx)
 	cancel()
 	closed := proxy.TCP("127.0.0.1", proxytest.FreePort(t))
-	nxdomain := nxdomain(t)
+	nxdomain := proxytest.NoNames(t)
 	for name, test := range map[string]struct {
 		ctx    context.Context
 		d      Direct
@@ -158,41 +158,6 @@ func unanswered(t *testing.T) proxy.Addr {
 	}
 	t.Fatal("the queue does not fill")
 	return a
-}
-
-// nxdomain returns a resolver whose server answers each question with: there is no such name.
-func nxdomain(t *testing.T) *net.Resolver {
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	end := make(chan struct{})
-	go answerNXDOMAIN(pc, end)
-	t.Cleanup(func() { pc.Close(); <-end })
-	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "udp", pc.LocalAddr().String())
-	}}
-}
-
-func answerNXDOMAIN(pc net.PacketConn, end chan struct{}) {
-	defer close(end)
-	b := make([]byte, 1500)
-	for {
-		n, from, err := pc.ReadFrom(b)
-		if err != nil {
-			return
-		}
-		if n < 12 {
-			continue
-		}
-		b[2], b[3] = b[2]|0x80, 0x83   // an answer: recursion available, NXDOMAIN
-		copy(b[6:12], make([]byte, 6)) // no records
-		end := 12                      // of the question
-		for end < n && b[end] != 0 {
-			end += 1 + int(b[end])
-		}
-		pc.WriteTo(b[:min(n, end+5)], from)
-	}
 }
 
 func TestDirectMark(t *testing.T) {

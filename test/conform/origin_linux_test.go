@@ -1,7 +1,6 @@
 package conform
 
 import (
-	"context"
 	"net"
 	"os"
 	"syscall"
@@ -56,34 +55,4 @@ func blackHole(t *testing.T) proxy.Addr {
 	}
 	t.Fatal("the kernel goes on taking connections")
 	return proxy.Addr{}
-}
-
-// nameless returns a resolver to which no name exists.
-func nameless(t *testing.T) *net.Resolver {
-	t.Helper()
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	end := make(chan struct{})
-	go denyNames(pc, end)
-	t.Cleanup(func() { pc.Close(); <-end })
-	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "udp", pc.LocalAddr().String())
-	}}
-}
-
-func denyNames(pc net.PacketConn, end chan struct{}) {
-	defer close(end)
-	b := make([]byte, 1500)
-	for {
-		n, from, err := pc.ReadFrom(b)
-		if err != nil {
-			return
-		}
-		if n > 3 {
-			b[2], b[3] = 0x81, 0x83 // a response: NXDOMAIN
-			pc.WriteTo(b[:n], from)
-		}
-	}
 }

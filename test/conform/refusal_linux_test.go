@@ -32,7 +32,7 @@ var refusals = []refusal{
 	{"silent", func(t *testing.T) (proxy.Addr, proxy.Dialer) { return blackHole(t), &outbound.Direct{} },
 		6, 504, "connection_timeout"},
 	{"no-host", func(t *testing.T) (proxy.Addr, proxy.Dialer) {
-		return proxy.TCP("nowhere.example", 80), &outbound.Direct{Resolver: nameless(t)}
+		return proxy.TCP("nowhere.example", 80), &outbound.Direct{Resolver: proxytest.NoNames(t)}
 	}, 4, 502, "dns_error"},
 	{"denied", func(t *testing.T) (proxy.Addr, proxy.Dialer) { return proxy.TCP("10.0.0.1", 80), outbound.Reject{} },
 		2, 403, "http_request_denied"},
