@@ -91,6 +91,10 @@ type Relay struct {
 	// never given more time than Idle gives an open one.
 	HalfOpen time.Duration
 
+	// PacketIdle is how long no datagram may come from either side of JoinPackets; then both are closed. Zero is
+	// DefaultPacketIdle, and DefaultDNSIdle while all datagrams go to port 53; negative is no limit.
+	PacketIdle time.Duration
+
 	// Grace is how long a join may go on after its context is cancelled; then, or at once for
 	// zero, both conns are aborted.
 	Grace time.Duration

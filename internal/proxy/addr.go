@@ -6,12 +6,14 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+
+	"github.com/sluice-proxy/sluice/relay"
 )
 
-// Addr is a stream's destination or a listening place: a TCP host and port, or the path of a Unix
+// Addr is a destination or a listening place: a TCP or UDP host and port, or the path of a Unix
 // socket. Names are not resolved. Addr is comparable; the zero Addr is no address.
 type Addr struct {
-	Network string // "tcp" or "unix"
+	Network string // "tcp", "udp" or "unix"
 	Host    string // an IP address, a name, or the path of a Unix socket; empty: all addresses (listening only)
 	Port    uint16 // 0 for "unix"
 }
@@ -19,7 +21,18 @@ type Addr struct {
 // TCP returns the TCP address of host (a name or an IP address without brackets) and port.
 func TCP(host string, port uint16) Addr { return Addr{Network: "tcp", Host: host, Port: port} }
 
-// String returns "host:port", or "unix://path": what [ParseDst] and [ParseListen] read.
+// UDP returns the UDP address of host (a name or an IP address without brackets) and port.
+func UDP(host string, port uint16) Addr { return Addr{Network: "udp", Host: host, Port: port} }
+
+// Endpoint returns the host and port of a, for datagrams.
+func (a Addr) Endpoint() relay.Endpoint {
+	if ip := a.IP(); ip.IsValid() {
+		return relay.Endpoint{IP: ip.Unmap(), Port: a.Port}
+	}
+	return relay.Endpoint{Name: a.Host, Port: a.Port}
+}
+
+// String returns "host:port", "udp://host:port" or "unix://path": what [ParseDst] and [ParseListen] read.
 func (a Addr) String() string {
 	switch a.Network {
 	case "":
@@ -54,7 +67,7 @@ func (a Addr) IsLoopback() bool {
 	return a.Network == "unix" || a.Host == "localhost" || a.IP().Unmap().IsLoopback()
 }
 
-// ParseDst reads a destination: "host:port", "[v6]:port", "tcp://host:port" or "unix:///path".
+// ParseDst reads a destination: "host:port", "[v6]:port", "tcp://host:port", "udp://host:port" or "unix:///path".
 // A bare port is one on this machine: "3000" is 127.0.0.1:3000.
 func ParseDst(s string) (Addr, error) {
 	a, err := parseAddr(s)
@@ -68,7 +81,7 @@ func ParseDst(s string) (Addr, error) {
 }
 
 // ParseListen reads a place to listen at: "8080" is that port on loopback, ":8080" is it on all
-// addresses, and "10.0.0.1:8080" or "unix:///path" are what they say. Port 0 lets the kernel choose.
+// addresses, and "10.0.0.1:8080", "udp://5353" or "unix:///path" are what they say. Port 0 lets the kernel choose.
 func ParseListen(s string) (Addr, error) { return parseAddr(s) }
 
 func parseAddr(s string) (Addr, error) {
@@ -85,9 +98,9 @@ func parseAddr(s string) (Addr, error) {
 			return Addr{}, fmt.Errorf("proxy: address %q: not a path a Unix socket can have (107 bytes at most)", s)
 		}
 		return Addr{Network: "unix", Host: rest}, nil
-	case "tcp":
+	case "tcp", "udp":
 	default:
-		return Addr{}, fmt.Errorf("proxy: address %q: unknown scheme %q (tcp:// or unix://)", s, network)
+		return Addr{}, fmt.Errorf("proxy: address %q: unknown scheme %q (tcp://, udp:// or unix://)", s, network)
 	}
 	host, port := "", rest
 	switch {
@@ -114,7 +127,7 @@ func parseAddr(s string) (Addr, error) {
 	if strings.ContainsAny(host, " \t\r\n/@\x00") || len(host) > 255 {
 		return Addr{}, fmt.Errorf("proxy: address %q: %q is not a host name", s, host)
 	}
-	return Addr{Network: "tcp", Host: host, Port: uint16(n)}, nil
+	return Addr{Network: network, Host: host, Port: uint16(n)}, nil
 }
 
 func isDigits(s string) bool {

@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"sync"
@@ -69,12 +70,17 @@ func (e *Engine) HandleStream(ctx context.Context, f Flow, p Pending) {
 		return
 	}
 	defer e.forgetPanicked(s)
-	if s.startDial(dialer) {
+	expectant, expects := p.(Expectant)
+	if !expects && s.startDial(dialer) {
 		return
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	s.cancelBy(cancel)
+	if expects {
+		s.dialed(s.await(ctx, dialer, expectant))
+		return
+	}
 	s.dialed(s.dial(ctx, dialer))
 }
 
@@ -173,6 +179,41 @@ func (s *session) dial(ctx context.Context, d Dialer) (net.Conn, error) {
 	origin, err := d.DialStream(ctx, s.flow.Dst)
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		err = &canceledError{cause: context.Cause(ctx)}
+	}
+	return origin, err
+}
+
+// DefaultBindTimeout is how long a stream that a client waits for may take to come.
+const DefaultBindTimeout = 2 * time.Minute
+
+// await is dial for a stream that comes from the destination.
+func (s *session) await(ctx context.Context, d Dialer, p Expectant) (net.Conn, error) {
+	binder, ok := d.(Binder)
+	if !ok {
+		return nil, fmt.Errorf("proxy: %s cannot wait for streams: %w", s.outbound, errors.ErrUnsupported)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, DefaultBindTimeout, context.DeadlineExceeded)
+	defer cancel()
+	if w, ok := p.(Watched); ok {
+		var stop context.CancelFunc
+		ctx, stop = relay.ResetContext(ctx, w.Conn())
+		defer stop()
+	}
+	ln, err := binder.Bind(ctx, s.flow.Dst)
+	if err == nil {
+		defer ln.Close()
+		err = p.Bound(ln.Addr())
+	}
+	var origin net.Conn
+	if err == nil {
+		origin, err = ln.Accept()
+	}
+	switch cause := ctx.Err(); {
+	case err == nil || cause == nil:
+	case errors.Is(cause, context.Canceled):
+		err = &canceledError{cause: context.Cause(ctx)}
+	default:
+		err = fmt.Errorf("proxy: no stream came: %w", cause)
 	}
 	return origin, err
 }
@@ -293,7 +334,8 @@ func (s *session) relayed(res relay.Result) {
 type record struct {
 	session *session
 	err     error
-	result  *relay.Result // nil if it did not come to relaying
+	result  *relay.Result      // nil if it did not come to relaying
+	packets *relay.PacketStats // nil but for datagrams that were relayed
 	took    time.Duration
 }
 
@@ -376,6 +418,15 @@ func (r *record) log(log *slog.Logger) {
 		message = "session"
 		attrs = append(attrs, slog.Int64("up", res.AToB.Bytes), slog.Int64("down", res.BToA.Bytes),
 			slog.String("first", sideName(res.First)))
+	}
+	if st := r.packets; st != nil {
+		message = "datagrams"
+		up, down := st.Bytes()
+		lostUp, lostDown := st.Dropped()
+		attrs = append(attrs, slog.Int64("up", up), slog.Int64("down", down))
+		if lost := lostUp + lostDown; lost > 0 {
+			attrs = append(attrs, slog.Int64("dropped", lost))
+		}
 	}
 	if r.err != nil {
 		attrs = append(attrs, slog.Any("err", r.err))

@@ -14,6 +14,8 @@ import (
 	"net"
 	"net/netip"
 	"time"
+
+	"github.com/sluice-proxy/sluice/relay"
 )
 
 // Flow says who wants to go where. It is set by the inbound and not changed afterwards.
@@ -51,6 +53,18 @@ type Handler interface {
 	// HandleStream answers p and carries the session. It may return while the session goes on:
 	// the session is over when it calls p.Done. Cancelling ctx aborts the session.
 	HandleStream(ctx context.Context, f Flow, p Pending)
+	// HandlePackets carries the datagrams of one client, whose first goes to f.Dst, until there are no more or ctx is
+	// cancelled, and closes c. It returns when the session is over.
+	HandlePackets(ctx context.Context, f Flow, c relay.PacketConn)
+}
+
+// Expectant is a Pending whose client wants a stream that comes from the flow's destination, and not one that goes
+// there (BIND of SOCKS5, RFC 1928 section 4). Accept and Reject tell it of that stream.
+type Expectant interface {
+	Pending
+	// Bound tells the client where the stream is to come to. It is called once, before Accept, and not at
+	// all where no place can be had. On an error Reject is still to be called.
+	Bound(at net.Addr) error
 }
 
 // NowHandler is a Handler that can begin some sessions without blocking.
@@ -79,6 +93,23 @@ type Dialer interface {
 	// after its handshake, with what was read too much put back by [relay.WithHead].
 	// The caller closes the conn. The error says the reason in a form that [ReasonOf] knows.
 	DialStream(ctx context.Context, dst Addr) (net.Conn, error)
+}
+
+// PacketDialer is a Dialer that can carry datagrams too.
+type PacketDialer interface {
+	Dialer
+	// DialPackets opens a way for the datagrams of one client, which go to dst first, and wherever else their
+	// endpoints say. The caller closes the conn. Where it cannot be, the error is [errors.ErrUnsupported].
+	DialPackets(ctx context.Context, dst Addr) (relay.PacketConn, error)
+}
+
+// Binder is a Dialer that can also wait for a stream.
+type Binder interface {
+	Dialer
+	// Bind listens for one stream from the host of from, which may be a name, and from any port. An unspecified
+	// address stands for any host. The listener's Addr is what that host is to connect to, its Accept returns only streams of
+	// that host, and it ends with ctx. The caller closes the listener. Where it cannot be, the error is [errors.ErrUnsupported].
+	Bind(ctx context.Context, from Addr) (net.Listener, error)
 }
 
 // Starter is a Dialer that can also dial without a goroutine, for clients that are a [relay.Socket].

@@ -128,6 +128,29 @@ func (h *RecordingHandler) HandleStream(_ context.Context, f proxy.Flow, p proxy
 	c.Close()
 }
 
+// HandlePackets implements proxy.Handler: it sends each datagram back to where it came from, as from the place it was for.
+func (h *RecordingHandler) HandlePackets(ctx context.Context, f proxy.Flow, c relay.PacketConn) {
+	h.mu.Lock()
+	h.flows = append(h.flows, f)
+	h.mu.Unlock()
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	defer c.Close()
+	if h.Err != nil {
+		if r, ok := c.(relay.Refuser); ok {
+			r.Refuse(f.Dst.Endpoint(), h.Err)
+		}
+		return
+	}
+	var p relay.Packet
+	defer p.Free()
+	for c.ReadPacket(&p) == nil {
+		if c.WritePacket(&p) != nil {
+			return
+		}
+	}
+}
+
 // Flows returns the flows so far.
 func (h *RecordingHandler) Flows() []proxy.Flow {
 	h.mu.Lock()

@@ -1,0 +1,62 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/sluice-proxy/sluice/relay"
+)
+
+// HandlePackets implements Handler: it routes f, which decides for all datagrams of the session, opens the way out, and relays. Where the way
+// out carries no datagrams, or cannot be opened, the client is told, if it can be.
+func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	name, dialer := e.Router.Route(f)
+	s := &session{engine: e, ctx: ctx, flow: f, pending: datagrams{}, start: time.Now(), outbound: name, cancel: cancel}
+	err := e.begin(s)
+	defer e.forgetPanicked(s)
+	var origin relay.PacketConn
+	if err == nil {
+		origin, err = s.dialPackets(ctx, dialer)
+	}
+	if err != nil {
+		if r, ok := c.(relay.Refuser); ok {
+			r.Refuse(f.Dst.Endpoint(), err)
+		}
+		c.Close()
+		s.failed(err)
+		return
+	}
+	var st relay.PacketStats
+	res := e.Relay.JoinPackets(ctx, c, origin, &st)
+	err = res.Err
+	if res.End == relay.Idle || res.First == relay.A && errors.Is(err, net.ErrClosed) {
+		err = nil // this is how datagrams end
+	}
+	s.conclude(record{session: s, err: err, packets: &st})
+}
+
+func (s *session) dialPackets(ctx context.Context, d Dialer) (relay.PacketConn, error) {
+	p, ok := d.(PacketDialer)
+	if !ok {
+		return nil, fmt.Errorf("proxy: %s carries no datagrams: %w", s.outbound, errors.ErrUnsupported)
+	}
+	dialing, cancel := context.WithTimeoutCause(ctx, s.engine.dialTimeout(), context.DeadlineExceeded)
+	defer cancel()
+	c, err := p.DialPackets(dialing, s.flow.Dst)
+	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
+		err = &canceledError{cause: context.Cause(ctx)}
+	}
+	return c, err
+}
+
+// datagrams is the Pending of a session that has no stream.
+type datagrams struct{}
+
+func (datagrams) Accept() (net.Conn, []byte, error) { return nil, nil, errors.ErrUnsupported }
+func (datagrams) Reject(error)                      {}
+func (datagrams) Done()                             {}

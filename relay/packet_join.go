@@ -1,0 +1,188 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// The limits on the silence of datagrams.
+const (
+	// DefaultPacketIdle is what RFC 4787 section 4.3 recommends for a mapping.
+	DefaultPacketIdle = 5 * time.Minute
+	// DefaultDNSIdle is the same for datagrams that all went to port 53: a question and its answer.
+	DefaultDNSIdle = 30 * time.Second
+)
+
+// PacketStats counts datagrams while they are relayed. The zero value is ready; it belongs to the caller, serves one
+// relay, and may be read at any time from any goroutine.
+type PacketStats struct {
+	bytes, packets, dropped [2]atomic.Int64
+}
+
+// Bytes returns the bytes passed on so far from each side.
+func (s *PacketStats) Bytes() (aToB, bToA int64) { return s.bytes[A].Load(), s.bytes[B].Load() }
+
+// Packets returns the datagrams passed on so far from each side.
+func (s *PacketStats) Packets() (aToB, bToA int64) { return s.packets[A].Load(), s.packets[B].Load() }
+
+// Dropped returns the datagrams from each side that were read and could not be passed on.
+func (s *PacketStats) Dropped() (aToB, bToA int64) { return s.dropped[A].Load(), s.dropped[B].Load() }
+
+// PacketResult says what became of a relay of datagrams.
+type PacketResult struct {
+	Err      error         // why it ended: [ErrIdle], the context's cause, or what a side failed with
+	End      End           // Idle, Canceled, Quota, or Read for a side that failed
+	First    Side          // the side that failed; Neither for a limit or a cancelled context
+	Duration time.Duration // from the call to the close of both conns
+}
+
+// JoinPackets relays datagrams between a client and origins, in both directions, until there have been none for
+// [Relay.PacketIdle], ctx is cancelled, or a side fails; then it closes both conns. A datagram that cannot be passed on is dropped
+// and counted; where a place is unreachable, a client that is a [Refuser] is told.
+//
+// Of the settings, PacketIdle, Rate, Shared and Quota apply; a rate holds datagrams back, and whoever queues them drops what comes meanwhile. st may be nil.
+func (r *Relay) JoinPackets(ctx context.Context, client, origin PacketConn, st *PacketStats) PacketResult {
+	if st == nil {
+		st = new(PacketStats)
+	}
+	p := &packetPair{relay: r, stats: st, conns: [2]PacketConn{client, origin}, gov: newGovernor(r), start: time.Now(), over: make(chan struct{})}
+	p.onlyDNS.Store(true)
+	p.first = Neither
+	p.timer = time.AfterFunc(p.idle(), p.tick)
+	stop := context.AfterFunc(ctx, func() { p.end(Neither, Canceled, context.Cause(ctx)) })
+	var pumps sync.WaitGroup
+	pumps.Go(func() { p.pump(B) })
+	p.pump(A)
+	pumps.Wait()
+	stop()
+	p.timer.Stop()
+	return PacketResult{Err: p.err, End: p.how, First: p.first, Duration: time.Since(p.start)}
+}
+
+// packetPair is a pair of conns that datagrams are relayed between.
+type packetPair struct {
+	relay   *Relay
+	stats   *PacketStats
+	conns   [2]PacketConn
+	gov     *governor // nil: no limits
+	start   time.Time
+	timer   *time.Timer
+	moved   atomic.Int64 // when a datagram was last read, since start
+	onlyDNS atomic.Bool  // all of the client's went to port 53
+
+	once  sync.Once
+	over  chan struct{}
+	first Side
+	how   End
+	err   error
+}
+
+// idle returns how long the silence may be.
+func (p *packetPair) idle() time.Duration {
+	switch d := p.relay.PacketIdle; {
+	case d < 0:
+		return lengthMax
+	case d > 0:
+		return min(d, lengthMax)
+	case p.onlyDNS.Load():
+		return DefaultDNSIdle
+	}
+	return DefaultPacketIdle
+}
+
+// tick looks whether the pair has been silent for too long.
+func (p *packetPair) tick() {
+	left := p.idle() - (time.Since(p.start) - time.Duration(p.moved.Load()))
+	if left > 0 {
+		p.timer.Reset(left)
+		return
+	}
+	p.end(Neither, Idle, ErrIdle)
+}
+
+// end ends the pair, for the first cause that there is.
+func (p *packetPair) end(s Side, how End, err error) {
+	p.once.Do(func() {
+		p.first, p.how, p.err = s, how, err
+		close(p.over)
+		for _, c := range p.conns {
+			c.Close()
+		}
+	})
+}
+
+// pump moves the datagrams from s until the pair's end.
+func (p *packetPair) pump(s Side) {
+	defer func() {
+		if v := recover(); v != nil {
+			p.end(s, Read, fmt.Errorf("%w: %v", ErrPanic, v))
+		}
+	}()
+	var pkt Packet
+	defer pkt.Free()
+	for {
+		if err := p.conns[s].ReadPacket(&pkt); err != nil {
+			unreachable, ok := errors.AsType[*UnreachableError](err)
+			if !ok {
+				p.end(s, Read, err)
+				return
+			}
+			p.refuse(s, unreachable.To, unreachable.Err)
+			continue
+		}
+		p.moved.Store(int64(time.Since(p.start)))
+		if s == A && pkt.Endpoint.Port != 53 {
+			p.onlyDNS.Store(false)
+		}
+		n := len(pkt.Data)
+		if !p.admit(s, n) {
+			return
+		}
+		if err := p.conns[s.other()].WritePacket(&pkt); err != nil {
+			p.stats.dropped[s].Add(1)
+			if errors.Is(err, net.ErrClosed) {
+				p.end(s.other(), Read, err)
+				return
+			}
+			p.refuse(s.other(), pkt.Endpoint, err)
+		} else {
+			p.stats.packets[s].Add(1)
+			p.stats.bytes[s].Add(int64(n))
+		}
+		pkt.Free()
+	}
+}
+
+// refuse tells the client, where it can be told, that the conn of side s cannot deliver to e.
+func (p *packetPair) refuse(s Side, e Endpoint, err error) {
+	if r, ok := p.conns[A].(Refuser); ok && s == B {
+		r.Refuse(e, err)
+	}
+}
+
+// admit waits until a datagram of n bytes from s is within the rate. It returns false once the pair is over.
+func (p *packetPair) admit(s Side, n int) bool {
+	if p.gov == nil {
+		return true
+	}
+	for {
+		left, spent := p.gov.allowed(s, max(n, 1), clock())
+		if spent || left > 0 && p.gov.charge(s, n) < n {
+			p.end(Neither, Quota, ErrQuota)
+			return false
+		}
+		if left > 0 {
+			return true
+		}
+		select {
+		case <-p.over:
+			return false
+		case <-time.After(throttleTick):
+		}
+	}
+}
