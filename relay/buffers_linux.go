@@ -37,6 +37,26 @@ func (bs *buffers) put(b *[largeSize]byte) {
 	unix.MunmapPtr(unsafe.Pointer(b), largeSize)
 }
 
+// cargoes are the cargoes of one loop that hold nothing.
+type cargoes []*cargo
+
+func (cs *cargoes) get() *cargo {
+	n := len(*cs)
+	if n == 0 {
+		return new(cargo)
+	}
+	c := (*cs)[n-1]
+	*cs = (*cs)[:n-1]
+	return c
+}
+
+func (cs *cargoes) put(c *cargo) {
+	if len(*cs) < buffersKept {
+		*c = cargo{}
+		*cs = append(*cs, c)
+	}
+}
+
 // trim keeps at most keep of those that are not in use.
 func (bs *buffers) trim(keep int) {
 	for len(bs.free) > keep {

@@ -10,7 +10,7 @@ import (
 )
 
 // The kernel engine: pairs of bare TCP or Unix sockets, carried by a loop. A direction copies through
-// the one buffer of its loop; when it has filled that several times in a row, it turns to splice(2)
+// the one buffer of its loop; when several reads in a row were large, it turns to splice(2)
 // through a pipe. It owns a buffer or a pipe only while it holds bytes that its destination does
 // not take.
 
@@ -26,11 +26,11 @@ type kpair struct {
 	done  func(Result)
 	loop  *loop
 
-	timer
 	queued bool // stands in loop.ready
 	slow   bool // stands in loop.slow
 	gone   bool // over: nothing of it may be touched
 	limit  limit
+	timer
 	unsent [2]int32 // the send queues when last seen, while settling
 	start  int64    // all times as clock tells them
 	last   int64    // when a byte last moved, or the limit last changed
@@ -51,16 +51,22 @@ type kside struct {
 
 // kway is one direction.
 type kway struct {
+	*cargo       // what it holds; nil while that is nothing
+	full   uint8 // large reads in a row, copying; small ones, splicing
+	splice bool
+}
+
+// cargo is what a direction holds, and what it holds that in.
+type cargo struct {
 	head   []byte           // what a handshake has read too much, first to be written
 	buf    *[largeSize]byte // may be there without held bytes, until release
 	off, n int32            // held bytes are buf[off:n]
 	pipe   *pipe            // holds pipe.n bytes
-	full   uint8            // full reads in a row, copying; small ones, splicing
-	splice bool
 }
 
 const (
-	spliceAfter   = 2        // full reads in a row that make a direction splice
+	spliceAfter   = 2        // large reads in a row that make a direction splice
+	largeRead     = 32 << 10 // a read of so much is large: what a window of 64 KiB, the first that most kernels offer, lets through
 	copyAfter     = 4        // small splices in a row that make it copy again
 	smallSplice   = 16 << 10 // a splice of less is small
 	turnBytes     = 1 << 20  // what a direction may move before others have their turn
@@ -84,7 +90,9 @@ func startKernel(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, 
 		if p.gov != nil {
 			head = head[:p.gov.charge(Side(s), len(head))] // beyond the quota; the next byte to come ends the pair
 		}
-		p.ways[s].head = head
+		if len(head) > 0 {
+			p.ways[s].cargo = &cargo{head: head}
+		}
 	}
 	if sockets[A] == nil || sockets[B] == nil || p.enter(sockets) != nil {
 		st.engine.Store(uint32(None))
@@ -251,7 +259,7 @@ func (p *kpair) event(l *loop, s Side, events uint32) {
 		return
 	}
 	k := &p.sides[s]
-	if events&unix.EPOLLERR != 0 && p.m.failed[s] == nil {
+	if events&unix.EPOLLERR != 0 && p.m.failure(s) == nil {
 		if err := failureOf(int(k.fd), k.tcp); err != nil {
 			p.do(l, p.m.connErr(s, err))
 			if p.gone {
@@ -375,6 +383,9 @@ func (p *kpair) throttle(l *loop) {
 
 // take reads at most limit bytes from src into what the way holds. n = 0 without an error is the end.
 func (p *kpair) take(l *loop, s Side, w *kway, src *kside, moved, limit int) (n int, err error) {
+	if w.cargo == nil {
+		w.cargo = l.cargoes.get()
+	}
 	if w.splice && !src.urgent {
 		if w.pipe == nil {
 			w.pipe = l.pipes.get()
@@ -395,13 +406,15 @@ func (p *kpair) takeCopy(l *loop, s Side, w *kway, src *kside, limit int) (n int
 	b := w.buf[:min(limit, len(w.buf))]
 	n, err = rawRead(int(src.fd), b)
 	switch {
-	case n == len(b) && n < len(w.buf): // as much as is allowed
-	case n == len(b):
+	case n >= largeRead:
 		if w.full++; w.full >= spliceAfter && !src.urgent {
 			p.setSplice(s, true)
 		}
-	case n > 0:
+	case n > 0 && n < len(b): // not just as much as is allowed
 		w.full = 0
+	}
+	switch {
+	case n > 0 && n < len(b):
 		// TCP gives all it has. What comes later is a new event, and so is an end, but for one that was told already.
 		if src.tcp && !src.ending && !src.urgent {
 			src.readable = false
@@ -471,20 +484,23 @@ func (p *kpair) deliver(w *kway, dst *kside) (total int, err error) {
 }
 
 func (w *kway) holds() bool {
-	return w.off < w.n || len(w.head) > 0 || w.pipe != nil && w.pipe.n > 0
+	c := w.cargo
+	return c != nil && (c.off < c.n || len(c.head) > 0 || c.pipe != nil && c.pipe.n > 0)
 }
 
-// release gives an empty way's buffer and pipe back to the loop.
+// release drops what the way holds, if anything, and gives its buffer and pipe back to the loop.
 func (w *kway) release(l *loop) {
-	w.head = nil
+	if w.cargo == nil {
+		return
+	}
 	if w.buf != nil {
 		l.buffers.put(w.buf)
-		w.buf, w.off, w.n = nil, 0, 0
 	}
 	if w.pipe != nil {
 		l.pipes.put(w.pipe)
-		w.pipe = nil
 	}
+	l.cargoes.put(w.cargo)
+	w.cargo = nil
 }
 
 func (p *kpair) count(l *loop, s Side, n int) {

@@ -37,6 +37,7 @@ type loop struct {
 	nextSlow   int64
 	busyPoll   atomic.Int64 // how long to go on asking, in nanoseconds
 	ready      []*kpair     // pairs that have used up their turn and have more to do
+	cargoes    cargoes
 	buffers    buffers
 	pipes      pipes
 	batch      []happening
@@ -241,9 +242,10 @@ func (l *loop) run() {
 			h.target.event(l, h.side, h.events)
 			h.target = nil
 		}
-		for i, p := range l.turn {
-			p.inTurn(l)
-			l.turn[i] = nil
+		l.runTurn()
+		if l.mail.Load() { // most often what these events have begun: it need not wait for a look at the others
+			l.collect(0)
+			l.runTurn()
 		}
 		l.expire()
 		l.pollEnding()
@@ -255,6 +257,14 @@ func (l *loop) run() {
 	l.pipes.trim()
 	unix.Close(l.epfd)
 	unix.Close(l.wakefd)
+}
+
+// runTurn does the work that was posted.
+func (l *loop) runTurn() {
+	for i, p := range l.turn {
+		p.inTurn(l)
+		l.turn[i] = nil
+	}
 }
 
 // waiting is what wait remembers.

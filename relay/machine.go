@@ -7,14 +7,52 @@ package relay
 //
 // The direction with source s is way[s]; its destination is s.other().
 type machine struct {
-	way    [2]way
+	way     [2]way
+	mute    [2]bool // the side could not be half-closed: only closing tells it that its peer has ended
+	phase   phase
+	drain   Side // the side that drains, in phase draining
+	first   Side
+	end     [2]End
+	trouble *trouble // nil while there is none, so that most pairs have no room for it
+}
+
+// trouble is the errors of a pair.
+type trouble struct {
 	failed [2]error // the side's conn is known to be broken: an end that it still reports is no end
-	mute   [2]bool  // the side could not be half-closed: only closing tells it that its peer has ended
-	phase  phase
-	drain  Side // the side that drains, in phase draining
-	first  Side
-	end    [2]End
-	err    [2]error
+	err    [2]error // of the way
+}
+
+// failure returns what broke the conn of s, nil if nothing did.
+func (m *machine) failure(s Side) error {
+	if m.trouble == nil {
+		return nil
+	}
+	return m.trouble.failed[s]
+}
+
+// err returns the error that the way from s ended with.
+func (m *machine) err(s Side) error {
+	if m.trouble == nil {
+		return nil
+	}
+	return m.trouble.err[s]
+}
+
+func (m *machine) fail(s Side, err error) {
+	m.troubled().failed[s] = err
+}
+
+func (m *machine) setErr(s Side, err error) {
+	if err != nil || m.trouble != nil {
+		m.troubled().err[s] = err
+	}
+}
+
+func (m *machine) troubled() *trouble {
+	if m.trouble == nil {
+		m.trouble = new(trouble)
+	}
+	return m.trouble
 }
 
 type way uint8
@@ -84,7 +122,7 @@ func (m *machine) eof(s Side) action {
 	if m.phase >= draining || m.way[s] != flowing {
 		return 0
 	}
-	if err := m.failed[s]; err != nil {
+	if err := m.failure(s); err != nil {
 		return m.readErr(s, err)
 	}
 	m.finish(s, ended, EOF, nil)
@@ -101,7 +139,7 @@ func (m *machine) eof(s Side) action {
 // noHalfClose: the half-close of s, asked for by an action, is beyond its conn.
 func (m *machine) noHalfClose(s Side) {
 	m.mute[s] = true
-	m.err[s.other()] = ErrNoHalfClose
+	m.setErr(s.other(), ErrNoHalfClose)
 }
 
 // readErr: reading from s failed, and all that was read before was passed on.
@@ -110,10 +148,10 @@ func (m *machine) readErr(s Side, err error) action {
 		return 0
 	}
 	o := s.other()
-	m.failed[s] = err
+	m.fail(s, err)
 	m.finish(s, broken, Read, err)
 	act := m.breakInto(s, err)
-	if m.failed[o] != nil { // nobody is left to hear it
+	if m.failure(o) != nil { // nobody is left to hear it
 		return m.over()
 	}
 	return act | m.drainTo(o)
@@ -137,10 +175,10 @@ func (m *machine) writeErr(s Side, err error) action {
 
 // connErr: the conn of s failed at a time when nobody read from it or wrote to it.
 func (m *machine) connErr(s Side, err error) action {
-	if m.phase >= draining || m.failed[s] != nil {
+	if m.phase >= draining || m.failure(s) != nil {
 		return 0
 	}
-	m.failed[s] = err
+	m.fail(s, err)
 	o := s.other()
 	switch m.way[s] {
 	case flowing: // what it sent before can still be read, up to the error
@@ -164,11 +202,11 @@ func (m *machine) expired() action {
 	case settling:
 		for s := range m.way {
 			if s := Side(s); m.way[s] == flowing {
-				if err := m.failed[s]; err != nil { // its bytes wait, and the other side does not take them
+				if err := m.failure(s); err != nil { // its bytes wait, and the other side does not take them
 					m.finish(s, broken, Read, err)
 					return m.over()
 				}
-				m.finish(s, broken, Read, m.err[s.other()])
+				m.finish(s, broken, Read, m.err(s.other()))
 				return stopA<<s | m.drainTo(s.other())
 			}
 		}
@@ -209,7 +247,8 @@ func (m *machine) exceeded() action {
 func (m *machine) cut(end End, err error) action {
 	for s := range m.way {
 		if m.way[s] == flowing {
-			m.way[s], m.end[s], m.err[s] = broken, end, err
+			m.way[s], m.end[s] = broken, end
+			m.setErr(Side(s), err)
 		}
 	}
 	return m.over()
@@ -217,7 +256,8 @@ func (m *machine) cut(end End, err error) action {
 
 // finish records the end of the way from s.
 func (m *machine) finish(s Side, w way, end End, err error) {
-	m.way[s], m.end[s], m.err[s] = w, end, err
+	m.way[s], m.end[s] = w, end
+	m.setErr(s, err)
 	if m.first == Neither {
 		m.first = s
 	}

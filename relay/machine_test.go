@@ -163,7 +163,7 @@ func FuzzMachine(f *testing.F) {
 			if m.end[s] == EOF && !facts.told[s] {
 				t.Errorf("%v: EOF without an end", s)
 			}
-			if m.end[s] != EOF && m.err[s] == nil {
+			if m.end[s] != EOF && m.err(s) == nil {
 				t.Errorf("%v: %v without an error", s, m.end[s])
 			}
 		}

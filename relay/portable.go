@@ -78,8 +78,8 @@ func (p *pair) run(ctx context.Context) Result {
 // result reads the machine of a pair that is over.
 func result(m *machine, st *Stats, d time.Duration) Result {
 	return Result{
-		AToB:     Direction{Bytes: st.moved[A].Load(), End: m.end[A], Err: m.err[A]},
-		BToA:     Direction{Bytes: st.moved[B].Load(), End: m.end[B], Err: m.err[B]},
+		AToB:     Direction{Bytes: st.moved[A].Load(), End: m.end[A], Err: m.err(A)},
+		BToA:     Direction{Bytes: st.moved[B].Load(), End: m.end[B], Err: m.err(B)},
 		First:    m.first,
 		Duration: d,
 	}
