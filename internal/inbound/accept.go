@@ -55,6 +55,7 @@ type listening struct {
 	slots  slots
 	all    sync.WaitGroup
 	lines  atomic.Int32 // that wait to be logged
+	done   func()       // finish: made once
 
 	// Of accept alone: when there was last no slot, and when accepting last failed.
 	full, failing episode
@@ -91,6 +92,7 @@ func (l *Listener) listenOn(ln net.Listener) {
 		closed:  make(chan struct{}),
 		shaking: make(map[*client]struct{}),
 	}
+	l.s.done = l.s.finish
 	l.s.slots.max = l.MaxConns
 	l.s.slots.freed = make(chan struct{}, 1)
 }
@@ -290,6 +292,12 @@ func (s *listening) sayFull() {
 }
 
 func (s *listening) release() { s.slots.release() }
+
+// finish ends a session: its slot is free, and serve need not wait for it.
+func (s *listening) finish() {
+	s.release()
+	s.all.Done()
+}
 
 // slots counts sessions, up to a limit.
 type slots struct {

@@ -95,8 +95,13 @@ func (c *client) Done() {
 		delete(s.shaking, c)
 		s.mu.Unlock()
 	}
-	s.release()
-	s.all.Done()
+	s.finish()
+}
+
+// Release implements [proxy.Releaser]: the client's session has begun, and only the listener is told of its end.
+func (c *client) Release() (done func()) {
+	c.done.Store(true)
+	return c.l.s.done
 }
 
 // fail ends a client whose handshake failed: it logs err, closes the conn and calls Done. The

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -26,8 +27,11 @@ type Engine struct {
 	DialTimeout time.Duration // how long a dial may take; 0: DefaultDialTimeout
 	Log         *slog.Logger  // nil: silent
 
+	begun sync.Once
+	epoch time.Time // when the first session began
+
 	mu       sync.Mutex
-	sessions map[*session]struct{}
+	sessions roll
 	contexts map[context.Context]*watch
 	stopped  bool
 
@@ -36,25 +40,68 @@ type Engine struct {
 	recording bool     // writeRecords runs
 }
 
-// session is one stream from its request to its record.
+// session is one client's stream, or its datagrams, from the request to the record. There is one for each that is idle, too: it is kept small.
 type session struct {
 	engine   *Engine
-	ctx      context.Context // only to know the session by when it is cancelled
-	flow     Flow
-	pending  Pending
+	inbound  string
+	client   netip.AddrPort
+	user     string
+	dst      Addr
 	outbound string
-	start    time.Time
+	start    time.Duration // after the engine's epoch
 	stats    relay.Stats
+	done     func() // ends it for the inbound
 
 	// guarded by Engine.mu
-	cancel func(cause error) // while it dials
-	pair   *relay.Pair       // while it relays
+	watch      *watch            // nil for a context that is never cancelled
+	cancel     func(cause error) // while it dials
+	pair       *relay.Pair       // while it relays
+	prev, next *session          // in the roll; both nil when it is not there
+}
+
+// attempt is a session whose client waits for its answer.
+type attempt struct {
+	*session
+	pending Pending
 }
 
 // watch aborts the sessions of one context when that is cancelled. Most sessions of an inbound share one.
 type watch struct {
+	ctx      context.Context
 	sessions int
 	stop     func() bool
+}
+
+// roll is a list of sessions.
+type roll struct {
+	first *session
+	n     int
+}
+
+func (r *roll) enter(s *session) {
+	s.next, s.prev = r.first, s // the first has itself before it
+	if r.first != nil {
+		r.first.prev = s
+	}
+	r.first = s
+	r.n++
+}
+
+// leave takes s out and says whether it was in.
+func (r *roll) leave(s *session) bool {
+	if s.prev == nil {
+		return false
+	}
+	if r.first == s {
+		if r.first = s.next; s.next != nil {
+			s.next.prev = s.next
+		}
+	} else if s.prev.next = s.next; s.next != nil {
+		s.next.prev = s.prev
+	}
+	s.prev, s.next = nil, nil
+	r.n--
+	return true
 }
 
 var _ NowHandler = (*Engine)(nil)
@@ -62,26 +109,25 @@ var _ NowHandler = (*Engine)(nil)
 // HandleStream routes f, dials, answers p with the outcome, and relays. It returns when the dial
 // failed or the relay has begun, or, with a [Starter], when the dial has begun.
 func (e *Engine) HandleStream(ctx context.Context, f Flow, p Pending) {
-	s := &session{engine: e, ctx: ctx, flow: f, pending: p, start: time.Now()}
 	name, dialer := e.Router.Route(f)
-	s.outbound = name
-	if err := e.begin(s); err != nil {
-		s.dialed(nil, err)
+	a := &attempt{e.newSession(f, name, p.Done), p}
+	if err := e.begin(ctx, a.session); err != nil {
+		a.dialed(nil, err)
 		return
 	}
-	defer e.forgetPanicked(s)
+	defer e.forgetPanicked(a.session)
 	expectant, expects := p.(Expectant)
-	if !expects && s.startDial(dialer) {
+	if !expects && a.startDial(dialer) {
 		return
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	s.cancelBy(cancel)
+	a.cancelBy(cancel)
 	if expects {
-		s.dialed(s.await(ctx, dialer, expectant))
+		a.dialed(a.await(ctx, dialer, expectant))
 		return
 	}
-	s.dialed(s.dial(ctx, dialer))
+	a.dialed(a.dial(ctx, dialer))
 }
 
 // HandleStreamNow implements NowHandler: it takes what a [Starter] dials without a goroutine.
@@ -90,17 +136,28 @@ func (e *Engine) HandleStreamNow(ctx context.Context, f Flow, p Pending) bool {
 	if _, ok := dialer.(Starter); !ok {
 		return false
 	}
-	s := &session{engine: e, ctx: ctx, flow: f, pending: p, start: time.Now(), outbound: name}
-	defer e.forgetPanicked(s)
-	if err := e.begin(s); err != nil {
-		s.dialed(nil, err)
+	a := &attempt{e.newSession(f, name, p.Done), p}
+	defer e.forgetPanicked(a.session)
+	if err := e.begin(ctx, a.session); err != nil {
+		a.dialed(nil, err)
 		return true
 	}
-	if s.startDial(dialer) {
+	if a.startDial(dialer) {
 		return true
 	}
-	e.remove(s)
+	e.remove(a.session)
 	return false
+}
+
+func (e *Engine) newSession(f Flow, outbound string, done func()) *session {
+	return &session{engine: e, inbound: f.Inbound, client: f.Client, user: f.User, dst: f.Dst, outbound: outbound,
+		start: e.clock(), done: done}
+}
+
+// clock returns the time since the engine's epoch.
+func (e *Engine) clock() time.Duration {
+	e.begun.Do(func() { e.epoch = time.Now() })
+	return time.Since(e.epoch)
 }
 
 // forgetPanicked is deferred: an inbound outlives a panic and ends the client, and the session is over with it.
@@ -112,34 +169,37 @@ func (e *Engine) forgetPanicked(s *session) {
 }
 
 // dialed answers the client with the dial's outcome and begins to relay.
-func (s *session) dialed(origin net.Conn, err error) {
+func (a *attempt) dialed(origin net.Conn, err error) {
 	if err != nil {
-		s.pending.Reject(err)
-		s.failed(err)
+		a.pending.Reject(err)
+		a.failed(err)
 		return
 	}
-	client, head, err := s.pending.Accept()
+	client, head, err := a.pending.Accept()
 	if err != nil {
 		relay.Abort(origin)
-		s.failed(err)
+		a.failed(err)
 		return
 	}
-	s.join(client, head, origin)
+	if r, ok := a.pending.(Releaser); ok {
+		a.done = r.Release()
+	}
+	a.join(client, head, origin)
 }
 
 // startDial dials without a goroutine where that can be done.
-func (s *session) startDial(d Dialer) bool {
+func (a *attempt) startDial(d Dialer) bool {
 	starter, ok := d.(Starter)
 	if !ok {
 		return false
 	}
-	w, ok := s.pending.(Watched)
+	w, ok := a.pending.(Watched)
 	if !ok {
 		return false
 	}
-	cancel, handled := starter.StartDial(w.Conn(), s.flow.Dst, s.engine.dialTimeout(), s.dialed)
+	cancel, handled := starter.StartDial(w.Conn(), a.dst, a.engine.dialTimeout(), a.dialed)
 	if handled {
-		s.cancelBy(cancel)
+		a.cancelBy(cancel)
 	}
 	return handled
 }
@@ -154,9 +214,17 @@ func (s *session) cancelBy(cancel func(error)) {
 	}
 	if e.stopped {
 		cancel(ErrStopped)
-	} else if s.ctx.Err() != nil {
-		cancel(context.Cause(s.ctx))
+	} else if cause := s.cause(); cause != nil {
+		cancel(cause)
 	}
+}
+
+// cause returns why the session's context was cancelled, nil if it was not.
+func (s *session) cause() error {
+	if s.watch == nil {
+		return nil
+	}
+	return context.Cause(s.watch.ctx)
 }
 
 func (e *Engine) dialTimeout() time.Duration {
@@ -168,15 +236,15 @@ func (e *Engine) dialTimeout() time.Duration {
 
 // dial opens the way to the origin. It is given up when the client resets its conn: nobody waits
 // for the answer any more. A client that has only ended its own bytes does wait.
-func (s *session) dial(ctx context.Context, d Dialer) (net.Conn, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, s.engine.dialTimeout(), context.DeadlineExceeded)
+func (a *attempt) dial(ctx context.Context, d Dialer) (net.Conn, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, a.engine.dialTimeout(), context.DeadlineExceeded)
 	defer cancel()
-	if w, ok := s.pending.(Watched); ok {
+	if w, ok := a.pending.(Watched); ok {
 		var stop context.CancelFunc
 		ctx, stop = relay.ResetContext(ctx, w.Conn())
 		defer stop()
 	}
-	origin, err := d.DialStream(ctx, s.flow.Dst)
+	origin, err := d.DialStream(ctx, a.dst)
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		err = &canceledError{cause: context.Cause(ctx)}
 	}
@@ -187,10 +255,10 @@ func (s *session) dial(ctx context.Context, d Dialer) (net.Conn, error) {
 const DefaultBindTimeout = 2 * time.Minute
 
 // await is dial for a stream that comes from the destination.
-func (s *session) await(ctx context.Context, d Dialer, p Expectant) (net.Conn, error) {
+func (a *attempt) await(ctx context.Context, d Dialer, p Expectant) (net.Conn, error) {
 	binder, ok := d.(Binder)
 	if !ok {
-		return nil, fmt.Errorf("proxy: %s cannot wait for streams: %w", s.outbound, errors.ErrUnsupported)
+		return nil, fmt.Errorf("proxy: %s cannot wait for streams: %w", a.outbound, errors.ErrUnsupported)
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, DefaultBindTimeout, context.DeadlineExceeded)
 	defer cancel()
@@ -199,7 +267,7 @@ func (s *session) await(ctx context.Context, d Dialer, p Expectant) (net.Conn, e
 		ctx, stop = relay.ResetContext(ctx, w.Conn())
 		defer stop()
 	}
-	ln, err := binder.Bind(ctx, s.flow.Dst)
+	ln, err := binder.Bind(ctx, a.dst)
 	if err == nil {
 		defer ln.Close()
 		err = p.Bound(ln.Addr())
@@ -225,46 +293,47 @@ func (e *canceledError) Error() string        { return "proxy: dial given up: " 
 func (e *canceledError) Is(target error) bool { return target == context.Canceled }
 
 // begin enters s among the sessions.
-func (e *Engine) begin(s *session) error {
+func (e *Engine) begin(ctx context.Context, s *session) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.stopped {
 		return ErrStopped
 	}
-	if e.sessions == nil {
-		e.sessions = make(map[*session]struct{})
-		e.contexts = make(map[context.Context]*watch)
-	}
-	e.sessions[s] = struct{}{}
-	if s.ctx.Done() == nil {
+	e.sessions.enter(s)
+	if ctx.Done() == nil {
 		return nil
 	}
-	w := e.contexts[s.ctx]
+	w := e.contexts[ctx]
 	if w == nil {
-		w = &watch{stop: context.AfterFunc(s.ctx, func() { e.abortOf(s.ctx) })}
-		e.contexts[s.ctx] = w
+		w = &watch{ctx: ctx}
+		w.stop = context.AfterFunc(ctx, func() { e.abortOf(w) })
+		if e.contexts == nil {
+			e.contexts = make(map[context.Context]*watch)
+		}
+		e.contexts[ctx] = w
 	}
 	w.sessions++
+	s.watch = w
 	return nil
 }
 
 // end takes s out and is done.
 func (s *session) end() {
 	s.engine.remove(s)
-	s.pending.Done()
+	s.done()
 }
 
 // remove takes s out of the sessions.
 func (e *Engine) remove(s *session) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if _, ok := e.sessions[s]; ok {
-		delete(e.sessions, s)
-		if w := e.contexts[s.ctx]; w != nil {
-			if w.sessions--; w.sessions == 0 {
-				w.stop()
-				delete(e.contexts, s.ctx)
-			}
+	if !e.sessions.leave(s) {
+		return
+	}
+	if w := s.watch; w != nil {
+		if w.sessions--; w.sessions == 0 {
+			w.stop()
+			delete(e.contexts, w.ctx)
 		}
 	}
 }
@@ -278,8 +347,8 @@ func (s *session) join(client net.Conn, head []byte, origin net.Conn) {
 	s.pair = e.Relay.Start(relay.WithHead(client, head), origin, &s.stats, s.relayed)
 	if e.stopped {
 		s.pair.Abort(ErrStopped)
-	} else if s.ctx.Err() != nil {
-		s.pair.Abort(context.Cause(s.ctx))
+	} else if cause := s.cause(); cause != nil {
+		s.pair.Abort(cause)
 	}
 }
 
@@ -293,12 +362,12 @@ func (s *session) abort(cause error) {
 }
 
 // abortOf ends the sessions of a context.
-func (e *Engine) abortOf(ctx context.Context) {
+func (e *Engine) abortOf(w *watch) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for s := range e.sessions {
-		if s.ctx == ctx {
-			s.abort(context.Cause(ctx))
+	for s := e.sessions.first; s != nil; s = s.next {
+		if s.watch == w {
+			s.abort(context.Cause(w.ctx))
 		}
 	}
 }
@@ -309,17 +378,17 @@ func (e *Engine) Abort() int {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.stopped = true
-	for s := range e.sessions {
+	for s := e.sessions.first; s != nil; s = s.next {
 		s.abort(ErrStopped)
 	}
-	return len(e.sessions)
+	return e.sessions.n
 }
 
 // Sessions returns how many sessions there are.
 func (e *Engine) Sessions() int {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return len(e.sessions)
+	return e.sessions.n
 }
 
 // failed ends a session that did not come to relaying.
@@ -350,7 +419,7 @@ func (s *session) conclude(r record) {
 		s.end()
 		return
 	}
-	r.took = time.Since(s.start)
+	r.took = e.clock() - s.start
 	e.mu.Lock()
 	lost := len(e.records) >= recordsMax
 	if lost {
@@ -398,18 +467,18 @@ func (r *record) level() slog.Level {
 }
 
 func (r *record) log(log *slog.Logger) {
-	f := r.session.flow
+	s := r.session
 	attrs := make([]slog.Attr, 0, 12)
-	attrs = append(attrs, slog.String("inbound", f.Inbound))
-	if f.Client.IsValid() {
-		attrs = append(attrs, slog.String("client", f.Client.String()))
+	attrs = append(attrs, slog.String("inbound", s.inbound))
+	if s.client.IsValid() {
+		attrs = append(attrs, slog.String("client", s.client.String()))
 	}
-	if f.User != "" {
-		attrs = append(attrs, slog.String("user", f.User))
+	if s.user != "" {
+		attrs = append(attrs, slog.String("user", s.user))
 	}
 	attrs = append(attrs,
-		slog.String("dst", f.Dst.String()),
-		slog.String("via", r.session.outbound),
+		slog.String("dst", s.dst.String()),
+		slog.String("via", s.outbound),
 		slog.String("reason", ReasonOf(r.err).String()),
 		slog.Duration("took", r.took.Round(time.Microsecond)),
 	)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"time"
 
 	"github.com/sluice-proxy/sluice/relay"
 )
@@ -16,8 +15,9 @@ func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	name, dialer := e.Router.Route(f)
-	s := &session{engine: e, ctx: ctx, flow: f, pending: datagrams{}, start: time.Now(), outbound: name, cancel: cancel}
-	err := e.begin(s)
+	s := e.newSession(f, name, func() {}) // c's Close says all
+	s.cancel = cancel
+	err := e.begin(ctx, s)
 	defer e.forgetPanicked(s)
 	var origin relay.PacketConn
 	if err == nil {
@@ -47,16 +47,9 @@ func (s *session) dialPackets(ctx context.Context, d Dialer) (relay.PacketConn, 
 	}
 	dialing, cancel := context.WithTimeoutCause(ctx, s.engine.dialTimeout(), context.DeadlineExceeded)
 	defer cancel()
-	c, err := p.DialPackets(dialing, s.flow.Dst)
+	c, err := p.DialPackets(dialing, s.dst)
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		err = &canceledError{cause: context.Cause(ctx)}
 	}
 	return c, err
 }
-
-// datagrams is the Pending of a session that has no stream.
-type datagrams struct{}
-
-func (datagrams) Accept() (net.Conn, []byte, error) { return nil, nil, errors.ErrUnsupported }
-func (datagrams) Reject(error)                      {}
-func (datagrams) Done()                             {}

@@ -40,6 +40,12 @@ type Pending interface {
 	Done()
 }
 
+// Releaser is a Pending that need not stay for as long as the session does.
+type Releaser interface {
+	// Release is called after Accept: p is not used any more, and done is called in place of Done.
+	Release() (done func())
+}
+
 // Watched is implemented by a Pending whose client's conn can be watched while the dial goes on:
 // a client that resets its conn does not want the answer any more. A client that half-closes
 // still does.
