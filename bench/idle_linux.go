@@ -15,6 +15,9 @@ const openers = 32
 // burstBytes is what each idle relay moves in each direction in the burst.
 const burstBytes = 256 << 10
 
+// idleAfter is how long a relay is left alone before it is idle.
+const idleAfter = 4 * time.Second
+
 // perProcess is how many idle connections a client or an origin process holds at most.
 const perProcess = 9000
 
@@ -142,7 +145,7 @@ func (r *run) idlePoint(n int) error {
 	}
 	r.set("held", held)
 	r.set("open_s", time.Since(started).Seconds())
-	if err := r.sleep(time.Second); err != nil {
+	if err := r.sleep(idleAfter); err != nil {
 		return err
 	}
 	idle := r.holds()
@@ -163,7 +166,7 @@ func (r *run) idlePoint(n int) error {
 			}
 		}
 	}
-	if err := r.sleep(time.Second); err != nil {
+	if err := r.sleep(idleAfter); err != nil {
 		return err
 	}
 	after := r.holds()

@@ -72,6 +72,8 @@ func (p *program) serve(ctx context.Context, c *config.Config, announce func(*co
 		}
 	}
 
+	tidy := startTidier()
+	defer tidy.stop()
 	ended := make(chan error, len(services))
 	for _, s := range services {
 		go s.serve(ctx, ended)
