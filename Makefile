@@ -36,8 +36,9 @@ conform:
 	SLUICE_CONFORM=$$dir SLUICE_CONFORM_RUNS=$(RUNS) $(GO) test -count=1 -timeout 0 -run '^TestConform$$' ./test/e2e >&2; \
 	$(GO) run ./cmd/sluice conform --markdown "$$dir"/*.json
 
-# Random histories of pairs, and then the mixed endings of test/e2e, again and again, each for SOAK.
+# Ten thousand of each fault, then random histories of pairs, and then the mixed endings of test/e2e, again and again, each for SOAK.
 soak:
+	SLUICE_FAULTS=10000 $(GO) test -count=1 -timeout 0 -run 'Faults|WithoutDescriptors' -v ./relay
 	SLUICE_SCHEDULES=$(SOAK) $(GO) test -race -count=1 -timeout 0 -run '^TestSchedules$$' -v ./relay
 	SLUICE_SOAK=$(SOAK) $(GO) test -race -count=1 -timeout 0 -run '^TestMixedEndings$$' -v ./test/e2e
 
