@@ -31,16 +31,15 @@ type kpair struct {
 	gone   bool // over: nothing of it may be touched
 	limit  limit
 	timer
-	unsent [2]int32 // the send queues when last seen, while settling
-	start  int64    // all times as clock tells them
-	last   int64    // when a byte last moved, or the limit last changed
+	marks [2]uint32 // before the first turn: the events that came before; while settling: the send queues when last seen
+	start int64     // all times as clock tells them
+	last  int64     // when a byte last moved, or the limit last changed
 }
 
 // kside is one socket.
 type kside struct {
 	fd        int32
 	slot      uint32
-	seen      uint32 // events before the pair began
 	tcp       bool
 	readable  bool // a read may yield bytes, an end or an error
 	writable  bool // a write may succeed
@@ -84,7 +83,7 @@ func startKernel(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, 
 	}
 	conns := [2]io.ReadWriteCloser{a, b}
 	sockets := [2]*Socket{asSocket(a), asSocket(b)}
-	st.engine.Store(uint32(Kernel))
+	st.setEngine(Kernel)
 	p := &kpair{m: newMachine(), relay: r, stats: st, gov: newGovernor(r), done: done, start: clock()}
 	for s, head := range heads {
 		if p.gov != nil {
@@ -95,7 +94,7 @@ func startKernel(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, 
 		}
 	}
 	if sockets[A] == nil || sockets[B] == nil || p.enter(sockets) != nil {
-		st.engine.Store(uint32(None))
+		st.setEngine(None)
 		for i, s := range sockets {
 			if s != nil && s != conns[i] {
 				s.Close()
@@ -201,7 +200,7 @@ func (p *kpair) enter(sockets [2]*Socket) error {
 			p.sides[i] = kside{fd: int32(s.fd), slot: s.slot, tcp: s.tcp, writable: true, keepalive: s.keepalive}
 			sl := &l.slots[s.slot]
 			sl.target, sl.side = p, Side(i)
-			p.sides[i].seen = s.seen
+			p.marks[i] = s.seen
 			s.fd, s.loop, s.told = -1, nil, nil
 			s.given, s.side = p, Side(i)
 		}
@@ -226,7 +225,9 @@ func (p *kpair) inTurn(l *loop) {
 	p.limit = p.m.limit()
 	p.setTimer(l)
 	for s := A; s <= B && !p.gone; s++ { // what the sockets had to say before
-		p.event(l, s, p.sides[s].seen)
+		seen := p.marks[s]
+		p.marks[s] = 0
+		p.event(l, s, seen)
 	}
 	p.flowBoth(l) // and what a handshake has read too much
 }
@@ -449,7 +450,7 @@ func (p *kpair) takeSplice(l *loop, s Side, w *kway, src *kside, moved, limit in
 
 func (p *kpair) setSplice(s Side, on bool) {
 	p.ways[s].splice, p.ways[s].full = on, 0
-	p.stats.splice[s].Store(on)
+	p.stats.setSplicing(s, on)
 }
 
 // deliver writes what the way holds, as far as dst takes it now.
@@ -625,8 +626,8 @@ func (p *kpair) settle(l *loop) {
 			p.do(l, p.m.drained())
 			return
 		}
-		if int32(n) != p.unsent[s] {
-			p.unsent[s], p.last = int32(n), l.now
+		if uint32(n) != p.marks[s] {
+			p.marks[s], p.last = uint32(n), l.now
 		}
 	}
 	if l.now-p.last >= int64(settle) {

@@ -54,7 +54,7 @@ const (
 const eventsMax = 10
 
 func newPair(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte) *pair {
-	st.engine.Store(uint32(Copy))
+	st.setEngine(Copy)
 	return &pair{
 		relay: r, stats: st, sides: [2]*conn{newConn(ordinary(a)), newConn(ordinary(b))}, heads: heads, m: newMachine(), gov: newGovernor(r),
 		start: time.Now(), events: make(chan event, eventsMax),

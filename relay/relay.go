@@ -217,16 +217,31 @@ func (e Engine) String() string { return [...]string{"none", "copy", "kernel"}[m
 // Stats counts while a pair is joined. The zero value is ready; it belongs to the caller, serves one
 // join, and may be read at any time from any goroutine.
 type Stats struct {
-	moved  [2]atomic.Int64
-	engine atomic.Uint32
-	splice [2]atomic.Bool
+	moved [2]atomic.Int64
+	mode  atomic.Uint32 // the Engine, and splicing bits above it
 }
+
+// splicing is the bit of Stats.mode for way 0; that of the other is the next.
+const splicing = 1 << 8
 
 // Bytes returns the bytes passed on so far in each direction.
 func (s *Stats) Bytes() (aToB, bToA int64) { return s.moved[A].Load(), s.moved[B].Load() }
 
 // Engine returns the engine that carries the pair.
-func (s *Stats) Engine() Engine { return Engine(s.engine.Load()) }
+func (s *Stats) Engine() Engine { return Engine(s.mode.Load() % splicing) }
 
 // Splicing says for each direction whether it currently moves by splice(2), not by copying.
-func (s *Stats) Splicing() (aToB, bToA bool) { return s.splice[A].Load(), s.splice[B].Load() }
+func (s *Stats) Splicing() (aToB, bToA bool) {
+	m := s.mode.Load()
+	return m&splicing != 0, m&(splicing<<1) != 0
+}
+
+func (s *Stats) setEngine(e Engine) { s.mode.Store(uint32(e)) }
+
+func (s *Stats) setSplicing(way Side, on bool) {
+	if on {
+		s.mode.Or(splicing << way)
+	} else {
+		s.mode.And(^uint32(splicing << way))
+	}
+}

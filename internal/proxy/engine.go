@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -42,18 +43,19 @@ type Engine struct {
 
 // session is one client's stream, or its datagrams, from the request to the record. There is one for each that is idle, too: it is kept small.
 type session struct {
-	engine   *Engine
+	watch    *watch
 	inbound  string
 	client   netip.AddrPort
 	user     string
-	dst      Addr
+	host     string // of the destination
+	port     uint16
+	network  network
 	outbound string
 	start    time.Duration // after the engine's epoch
 	stats    relay.Stats
 	done     func() // ends it for the inbound
 
 	// guarded by Engine.mu
-	watch      *watch            // nil for a context that is never cancelled
 	cancel     func(cause error) // while it dials
 	pair       *relay.Pair       // while it relays
 	prev, next *session          // in the roll; both nil when it is not there
@@ -65,8 +67,20 @@ type attempt struct {
 	pending Pending
 }
 
+// network is an Addr's, in a byte.
+type network uint8
+
+var networks = [...]string{"", "tcp", "udp", "unix"}
+
+func (s *session) setDst(a Addr) {
+	s.host, s.port, s.network = a.Host, a.Port, network(max(0, slices.Index(networks[:], a.Network)))
+}
+
+func (s *session) dst() Addr { return Addr{Network: networks[s.network], Host: s.host, Port: s.port} }
+
 // watch aborts the sessions of one context when that is cancelled. Most sessions of an inbound share one.
 type watch struct {
+	engine   *Engine
 	ctx      context.Context
 	sessions int
 	stop     func() bool
@@ -150,8 +164,9 @@ func (e *Engine) HandleStreamNow(ctx context.Context, f Flow, p Pending) bool {
 }
 
 func (e *Engine) newSession(f Flow, outbound string, done func()) *session {
-	return &session{engine: e, inbound: f.Inbound, client: f.Client, user: f.User, dst: f.Dst, outbound: outbound,
-		start: e.clock(), done: done}
+	s := &session{inbound: f.Inbound, client: f.Client, user: f.User, outbound: outbound, start: e.clock(), done: done}
+	s.setDst(f.Dst)
+	return s
 }
 
 // clock returns the time since the engine's epoch.
@@ -197,7 +212,7 @@ func (a *attempt) startDial(d Dialer) bool {
 	if !ok {
 		return false
 	}
-	cancel, handled := starter.StartDial(w.Conn(), a.dst, a.engine.dialTimeout(), a.dialed)
+	cancel, handled := starter.StartDial(w.Conn(), a.dst(), a.watch.engine.dialTimeout(), a.dialed)
 	if handled {
 		a.cancelBy(cancel)
 	}
@@ -206,7 +221,7 @@ func (a *attempt) startDial(d Dialer) bool {
 
 // cancelBy says how the dial is cancelled. The dial may be over by now.
 func (s *session) cancelBy(cancel func(error)) {
-	e := s.engine
+	e := s.watch.engine
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if s.pair == nil {
@@ -220,12 +235,7 @@ func (s *session) cancelBy(cancel func(error)) {
 }
 
 // cause returns why the session's context was cancelled, nil if it was not.
-func (s *session) cause() error {
-	if s.watch == nil {
-		return nil
-	}
-	return context.Cause(s.watch.ctx)
-}
+func (s *session) cause() error { return context.Cause(s.watch.ctx) }
 
 func (e *Engine) dialTimeout() time.Duration {
 	if e.DialTimeout == 0 {
@@ -237,14 +247,14 @@ func (e *Engine) dialTimeout() time.Duration {
 // dial opens the way to the origin. It is given up when the client resets its conn: nobody waits
 // for the answer any more. A client that has only ended its own bytes does wait.
 func (a *attempt) dial(ctx context.Context, d Dialer) (net.Conn, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, a.engine.dialTimeout(), context.DeadlineExceeded)
+	ctx, cancel := context.WithTimeoutCause(ctx, a.watch.engine.dialTimeout(), context.DeadlineExceeded)
 	defer cancel()
 	if w, ok := a.pending.(Watched); ok {
 		var stop context.CancelFunc
 		ctx, stop = relay.ResetContext(ctx, w.Conn())
 		defer stop()
 	}
-	origin, err := d.DialStream(ctx, a.dst)
+	origin, err := d.DialStream(ctx, a.dst())
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		err = &canceledError{cause: context.Cause(ctx)}
 	}
@@ -267,7 +277,7 @@ func (a *attempt) await(ctx context.Context, d Dialer, p Expectant) (net.Conn, e
 		ctx, stop = relay.ResetContext(ctx, w.Conn())
 		defer stop()
 	}
-	ln, err := binder.Bind(ctx, a.dst)
+	ln, err := binder.Bind(ctx, a.dst())
 	if err == nil {
 		defer ln.Close()
 		err = p.Bound(ln.Addr())
@@ -296,16 +306,15 @@ func (e *canceledError) Is(target error) bool { return target == context.Cancele
 func (e *Engine) begin(ctx context.Context, s *session) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	w := e.contexts[ctx]
+	if w == nil {
+		w = &watch{engine: e, ctx: ctx}
+	}
+	s.watch = w
 	if e.stopped {
 		return ErrStopped
 	}
-	e.sessions.enter(s)
-	if ctx.Done() == nil {
-		return nil
-	}
-	w := e.contexts[ctx]
-	if w == nil {
-		w = &watch{ctx: ctx}
+	if w.sessions == 0 {
 		w.stop = context.AfterFunc(ctx, func() { e.abortOf(w) })
 		if e.contexts == nil {
 			e.contexts = make(map[context.Context]*watch)
@@ -313,13 +322,13 @@ func (e *Engine) begin(ctx context.Context, s *session) error {
 		e.contexts[ctx] = w
 	}
 	w.sessions++
-	s.watch = w
+	e.sessions.enter(s)
 	return nil
 }
 
 // end takes s out and is done.
 func (s *session) end() {
-	s.engine.remove(s)
+	s.watch.engine.remove(s)
 	s.done()
 }
 
@@ -330,17 +339,16 @@ func (e *Engine) remove(s *session) {
 	if !e.sessions.leave(s) {
 		return
 	}
-	if w := s.watch; w != nil {
-		if w.sessions--; w.sessions == 0 {
-			w.stop()
-			delete(e.contexts, w.ctx)
-		}
+	w := s.watch
+	if w.sessions--; w.sessions == 0 {
+		w.stop()
+		delete(e.contexts, w.ctx)
 	}
 }
 
 // join relays. The lock is held while the pair starts, so that an abort finds either the dial or the pair.
 func (s *session) join(client net.Conn, head []byte, origin net.Conn) {
-	e := s.engine
+	e := s.watch.engine
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	s.cancel = nil
@@ -414,7 +422,7 @@ const recordsMax = 10000
 // conclude has the session logged, where that is wanted, and ended. A log may block, and the caller must not: records
 // are written by a goroutine of their own, which is there while there are any.
 func (s *session) conclude(r record) {
-	e := s.engine
+	e := s.watch.engine
 	if e.Log == nil || !e.Log.Enabled(context.Background(), r.level()) {
 		s.end()
 		return
@@ -477,7 +485,7 @@ func (r *record) log(log *slog.Logger) {
 		attrs = append(attrs, slog.String("user", s.user))
 	}
 	attrs = append(attrs,
-		slog.String("dst", s.dst.String()),
+		slog.String("dst", s.dst().String()),
 		slog.String("via", s.outbound),
 		slog.String("reason", ReasonOf(r.err).String()),
 		slog.Duration("took", r.took.Round(time.Microsecond)),

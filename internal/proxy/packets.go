@@ -45,9 +45,9 @@ func (s *session) dialPackets(ctx context.Context, d Dialer) (relay.PacketConn, 
 	if !ok {
 		return nil, fmt.Errorf("proxy: %s carries no datagrams: %w", s.outbound, errors.ErrUnsupported)
 	}
-	dialing, cancel := context.WithTimeoutCause(ctx, s.engine.dialTimeout(), context.DeadlineExceeded)
+	dialing, cancel := context.WithTimeoutCause(ctx, s.watch.engine.dialTimeout(), context.DeadlineExceeded)
 	defer cancel()
-	c, err := p.DialPackets(dialing, s.dst)
+	c, err := p.DialPackets(dialing, s.dst())
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		err = &canceledError{cause: context.Cause(ctx)}
 	}
