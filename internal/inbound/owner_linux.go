@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sluice-proxy/sluice/internal/process"
 	"github.com/sluice-proxy/sluice/internal/proxy"
 )
 
@@ -89,27 +90,13 @@ func eachLine(file string, do func(fields []string) bool) {
 // socketOwner returns a process that has the socket of that inode open: 0 if it cannot be found
 // before the deadline, or belongs to a user whose processes we may not look into.
 func socketOwner(inode string, deadline time.Time) (name string, pid int) {
-	if inode == "" {
+	n, err := strconv.ParseUint(inode, 10, 64)
+	if err != nil {
 		return "", 0
 	}
-	want := "socket:[" + inode + "]"
-	procs, _ := os.ReadDir("/proc")
-	for _, p := range procs {
-		pid, err := strconv.Atoi(p.Name())
-		if err != nil {
-			continue
-		}
-		if time.Now().After(deadline) {
-			return "", 0
-		}
-		dir := filepath.Join("/proc", p.Name(), "fd")
-		fds, _ := os.ReadDir(dir)
-		for _, fd := range fds {
-			if to, _ := os.Readlink(filepath.Join(dir, fd.Name())); to == want {
-				comm, _ := os.ReadFile(filepath.Join("/proc", p.Name(), "comm"))
-				return strings.TrimSpace(string(comm)), pid
-			}
-		}
+	if pid = process.Holder(n, deadline); pid == 0 {
+		return "", 0
 	}
-	return "", 0
+	comm, _ := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "comm"))
+	return strings.TrimSpace(string(comm)), pid
 }

@@ -1,0 +1,164 @@
+package process
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// pair returns a client's conn to a listener on loopback of the network, and its two addresses.
+func pair(t *testing.T, network, addr string) (client, peer netip.AddrPort, c net.Conn) {
+	t.Helper()
+	ln, err := net.Listen(network, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	if c, err = net.Dial("tcp", ln.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort(), c
+}
+
+func TestOwnerIsThisProcess(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if exe, err = filepath.EvalSymlinks(exe); err != nil {
+		t.Fatal(err)
+	}
+	var table Table
+	check := func(what string, client, peer netip.AddrPort, network string) {
+		t.Helper()
+		o, ok := table.Owner(client, peer, network)
+		if !ok || o.UID != uint32(os.Getuid()) || o.PID != os.Getpid() || o.Path != exe || o.Cgroup == "" {
+			t.Errorf("%s: %+v, %v; want %s, pid %d", what, o, ok, exe, os.Getpid())
+		}
+	}
+	client, peer, _ := pair(t, "tcp", "127.0.0.1:0")
+	check("IPv4", client, peer, "tcp")
+	mapped := func(a netip.AddrPort) netip.AddrPort {
+		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr().As16()), a.Port())
+	}
+	check("IPv4 in IPv6", mapped(client), mapped(peer), "tcp")
+	client, peer, _ = pair(t, "tcp", "[::1]:0")
+	check("IPv6", client, peer, "tcp")
+
+	for _, addr := range []string{"127.0.0.1:0", ":0"} {
+		u, err := net.ListenPacket("udp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer u.Close()
+		port := u.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+		check("unconnected UDP at "+addr, netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port),
+			netip.MustParseAddrPort("127.0.0.1:9"), "udp")
+	}
+}
+
+// TestOwnerOfNothing: neither a socket that is not there, nor one that only listens, nor a mix of families.
+func TestOwnerOfNothing(t *testing.T) {
+	client, peer, c := pair(t, "tcp", "127.0.0.1:0")
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	listener := ln.Addr().(*net.TCPAddr).AddrPort()
+	var table Table
+	for what, s := range map[string]socket{
+		"a listener":    {listener, peer, "tcp"},
+		"another port":  {netip.AddrPortFrom(client.Addr(), client.Port()^1), peer, "tcp"},
+		"two families":  {client, netip.MustParseAddrPort("[::1]:80"), "tcp"},
+		"a Unix socket": {netip.AddrPort{}, netip.AddrPort{}, "tcp"},
+		"far away":      {netip.MustParseAddrPort("192.0.2.1:1"), peer, "tcp"},
+		"UDP":           {netip.MustParseAddrPort("127.0.0.1:1"), peer, "udp"},
+	} {
+		if o, ok := table.Owner(s.client, s.peer, s.network); ok {
+			t.Errorf("%s belongs to %+v", what, o)
+		}
+	}
+	if _, ok := table.Owner(client, peer, "tcp"); !ok {
+		t.Fatal("the client was not found")
+	}
+	c.Close()
+	if _, found, ok := table.Known(client, peer, "tcp"); !found || !ok {
+		t.Error("what was found is not known a moment later")
+	}
+	fresh := Table{UserOnly: true}
+	if o, ok := fresh.Owner(client, peer, "tcp"); ok {
+		t.Errorf("a closed socket belongs to %+v", o)
+	}
+}
+
+func TestUserOnly(t *testing.T) {
+	client, peer, _ := pair(t, "tcp", "127.0.0.1:0")
+	table := Table{UserOnly: true}
+	if o, ok := table.Owner(client, peer, "tcp"); !ok || o != (Owner{UID: uint32(os.Getuid())}) {
+		t.Errorf("%+v, %v", o, ok)
+	}
+}
+
+// TestKnownIsBounded: a flood of clients does not fill the memory.
+func TestKnownIsBounded(t *testing.T) {
+	var table Table
+	for i := range 3 * knowMost {
+		a := netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, byte(i >> 8), byte(i)}), 1)
+		table.remember(socket{client: a}, finding{until: time.Now().Add(time.Hour)})
+		if len(table.known) > knowMost {
+			t.Fatalf("%d are known", len(table.known))
+		}
+	}
+}
+
+func FuzzReadAnswer(f *testing.F) {
+	f.Add([]byte{})
+	f.Add(make([]byte, 16+answerLen))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if _, inode, ok := readAnswer(b); ok && inode == 0 {
+			t.Error("a socket without inode")
+		}
+	})
+}
+
+func BenchmarkOwner(b *testing.B) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	client, peer := c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort()
+	var table Table
+	table.Owner(client, peer, "tcp")
+	b.Run("known", func(b *testing.B) {
+		for b.Loop() {
+			table.Known(client, peer, "tcp")
+		}
+	})
+	b.Run("user", func(b *testing.B) {
+		for b.Loop() {
+			socketOf(socket{client, peer, "tcp"})
+		}
+	})
+	b.Run("recent process", func(b *testing.B) {
+		for b.Loop() {
+			table.find(socket{client, peer, "tcp"})
+		}
+	})
+	b.Run("all processes", func(b *testing.B) { // an inode that nobody has
+		b.ReportMetric(float64(len(pids())), "processes")
+		for b.Loop() {
+			Holder(1, time.Now().Add(time.Minute))
+		}
+	})
+}
