@@ -146,7 +146,10 @@ func (e *Engine) HandleStream(ctx context.Context, f Flow, p Pending) {
 
 // HandleStreamNow implements NowHandler: it takes what a [Starter] dials without a goroutine.
 func (e *Engine) HandleStreamNow(ctx context.Context, f Flow, p Pending) bool {
-	name, dialer := e.Router.Route(f)
+	name, dialer, ok := e.routeNow(f)
+	if !ok {
+		return false
+	}
 	if _, ok := dialer.(Starter); !ok {
 		return false
 	}
@@ -173,6 +176,14 @@ func (e *Engine) newSession(f Flow, outbound string, done func()) *session {
 func (e *Engine) clock() time.Duration {
 	e.begun.Do(func() { e.epoch = time.Now() })
 	return time.Since(e.epoch)
+}
+
+func (e *Engine) routeNow(f Flow) (name string, d Dialer, ok bool) {
+	if r, ok := e.Router.(NowRouter); ok {
+		return r.RouteNow(f)
+	}
+	name, d = e.Router.Route(f)
+	return name, d, true
 }
 
 // forgetPanicked is deferred: an inbound outlives a panic and ends the client, and the session is over with it.

@@ -132,6 +132,13 @@ type Router interface {
 	Route(f Flow) (name string, d Dialer)
 }
 
+// NowRouter is a Router that may have to block for some flows, to find out more of the client.
+type NowRouter interface {
+	Router
+	// RouteNow is Route for a caller that must not block. Where ok is false nothing was done: Route is the way.
+	RouteNow(f Flow) (name string, d Dialer, ok bool)
+}
+
 // Static is a Router that sends every flow the same way.
 type Static struct {
 	Name   string
