@@ -43,7 +43,7 @@ func (d *Direct) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, erro
 	case dst.Network != "tcp":
 		return nil, fmt.Errorf("outbound: direct: %v: %w", dst, errors.ErrUnsupported)
 	case dst.Host == "": // net would take it for this machine
-		return nil, fmt.Errorf("outbound: direct: %v: %w", dst, &net.DNSError{Err: "no name", IsNotFound: true})
+		return nil, ofOrigin(fmt.Errorf("outbound: direct: %v: %w", dst, &net.DNSError{Err: "no name", IsNotFound: true}))
 	default:
 		// Sockets of multipath TCP differ in resets and options, and the relay counts on those of TCP.
 		dialer.SetMultipathTCP(false)
@@ -103,5 +103,5 @@ func (d *Direct) explain(err error) error {
 	case d.Interface != "" && errors.Is(err, syscall.ENODEV):
 		return fmt.Errorf(wrap+" (this machine has no interface %s)", err, d.Interface)
 	}
-	return fmt.Errorf(wrap, err)
+	return ofOrigin(fmt.Errorf(wrap, err))
 }

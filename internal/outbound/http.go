@@ -50,7 +50,7 @@ func (h *HTTP) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, error)
 	}
 	conn, err := via.DialStream(ctx, h.Server)
 	if err != nil {
-		return nil, fmt.Errorf("outbound: %s %v: proxy unreachable: %w", scheme, h.Server, err)
+		return nil, ofHop(fmt.Errorf("outbound: %s %v: proxy unreachable: %w", scheme, h.Server, err))
 	}
 	// The end of ctx breaks the conn off, which interrupts the handshake. A deadline would have to be taken
 	// off again, and conns inside SSH have none. It is a reset, for a proxy that sees a clean end may take
@@ -88,7 +88,7 @@ func (h *HTTP) handshake(conn net.Conn, dst proxy.Addr) (net.Conn, error) {
 		if status.Code == 407 {
 			return nil, err // about us, not about dst
 		}
-		return nil, fmt.Errorf("origin %v: %w", dst, err)
+		return nil, ofOrigin(fmt.Errorf("origin %v: %w", dst, err))
 	}
 	if err != nil {
 		return nil, err

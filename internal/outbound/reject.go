@@ -15,5 +15,5 @@ var _ proxy.Dialer = Reject{}
 
 // DialStream implements proxy.Dialer. Its error is proxy.ErrDenied.
 func (Reject) DialStream(_ context.Context, dst proxy.Addr) (net.Conn, error) {
-	return nil, fmt.Errorf("outbound: reject: %v: %w", dst, proxy.ErrDenied)
+	return nil, ofOrigin(fmt.Errorf("outbound: reject: %v: %w", dst, proxy.ErrDenied))
 }

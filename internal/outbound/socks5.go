@@ -38,7 +38,7 @@ func (s *SOCKS5) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, erro
 	}
 	conn, err := via.DialStream(ctx, s.Server)
 	if err != nil {
-		return nil, fmt.Errorf("outbound: socks5 %v: proxy unreachable: %w", s.Server, err)
+		return nil, ofHop(fmt.Errorf("outbound: socks5 %v: proxy unreachable: %w", s.Server, err))
 	}
 	// The end of ctx breaks the conn off, which interrupts the handshake. A deadline would have to be taken
 	// off again, and conns inside SSH have none. It is a reset, for a proxy that sees a clean end may take
@@ -49,7 +49,7 @@ func (s *SOCKS5) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, erro
 	if !stop() {
 		err = fmt.Errorf("no answer for %v: %w", dst, context.Cause(ctx)) // and not that the conn was closed
 	} else if reply, ok := errors.AsType[socks5.Reply](err); ok {
-		err = fmt.Errorf("origin %v: %w", dst, reply)
+		err = ofOrigin(fmt.Errorf("origin %v: %w", dst, reply))
 	}
 	if err != nil {
 		conn.Close()

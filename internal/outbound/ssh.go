@@ -25,6 +25,9 @@ func (s *SSH) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, error) 
 		return nil, fmt.Errorf("outbound: ssh %s: cannot ask for %v: %w", s.Link.Name, dst, errors.ErrUnsupported)
 	}
 	c, err := s.Link.Dial(ctx, dst.Network, dst.HostPort())
+	if _, refused := errors.AsType[*sshlink.Refusal](err); refused {
+		err = ofOrigin(err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("outbound: %w", err)
 	}
