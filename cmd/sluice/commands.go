@@ -4,11 +4,13 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"net/netip"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/sluice-proxy/sluice/internal/config"
+	"github.com/sluice-proxy/sluice/internal/proxy"
 )
 
 const defaultListen = "1080"
@@ -157,27 +159,91 @@ func (p *program) runCommand() *cobra.Command {
 }
 
 func (p *program) checkCommand() *cobra.Command {
-	return &cobra.Command{
+	var q question
+	cmd := &cobra.Command{
 		Use:   "check FILE",
 		Short: "Check a configuration file",
 		Long: `Say all that is wrong with a configuration file, and with the files and variables
-that hold its secrets. Nothing is bound or dialled.`,
-		Example:           "  sluice check sluice.yaml",
+that hold its secrets and lists. Nothing is bound or dialled.
+
+With --route, say which rule and which way out a client that asks for that
+destination would get, at each inbound. Rules that ask for the client's process
+are passed over.`,
+		Example: `  sluice check sluice.yaml
+  sluice check sluice.yaml --route db.corp.example:5432
+  sluice check sluice.yaml --route udp://10.0.0.1:53 --inbound web --from 192.168.7.3`,
 		Args:              wantArgs(1, "needs the configuration FILE (or - for standard input)"),
 		ValidArgsFunction: yamlFiles,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := p.load(args[0])
-			if err != nil {
-				return err
-			}
-			if _, err := c.Build(nil, p.lookupEnv); err != nil {
-				return err
-			}
-			fmt.Fprintf(p.stdout, "%s: good: %s, %s\n", args[0],
-				count(len(c.Inbounds), "inbound"), count(len(c.Outbounds), "outbound"))
-			return nil
+		RunE: func(_ *cobra.Command, args []string) error {
+			return p.check(args[0], &q)
 		},
 	}
+	cmd.Flags().StringVar(&q.dst, "route", "", "the destination to find the way to: `HOST:PORT` or udp://HOST:PORT")
+	cmd.Flags().StringVar(&q.inbound, "inbound", "", "with --route: at the inbound called `NAME` only")
+	cmd.Flags().StringVar(&q.user, "user", "", "with --route: for a client that has proved to be `NAME`")
+	cmd.Flags().StringVar(&q.from, "from", "", "with --route: for a client at `IP`")
+	return cmd
+}
+
+// question is what check is asked for about a flow.
+type question struct{ dst, inbound, user, from string }
+
+func (q *question) flow() (f proxy.Flow, err error) {
+	f.User = q.user
+	if q.from != "" {
+		ip, err := netip.ParseAddr(q.from)
+		if err != nil {
+			return f, usagef("check: --from: %q is not an IP address", q.from)
+		}
+		f.Client = netip.AddrPortFrom(ip, 0)
+	}
+	switch f.Dst, err = proxy.ParseDst(q.dst); {
+	case err != nil:
+		return f, usagef("check: --route: %s", strings.TrimPrefix(err.Error(), "proxy: "))
+	case q.dst == "" || f.Dst.Network == "unix":
+		return f, usagef("check: --route: give the destination as host:port")
+	}
+	return f, nil
+}
+
+// check is the check command. It asks nothing where there is no question.
+func (p *program) check(file string, q *question) error {
+	var f proxy.Flow
+	asked := *q != question{}
+	if asked {
+		var err error
+		if f, err = q.flow(); err != nil {
+			return err
+		}
+	}
+	c, err := p.load(file)
+	if err != nil {
+		return err
+	}
+	bounds, err := c.Build(nil, p.lookupEnv)
+	if err != nil {
+		return err
+	}
+	if !asked {
+		rules := ""
+		if n := len(c.Rules); n > 0 {
+			rules = ", " + count(n, "rule")
+		}
+		fmt.Fprintf(p.stdout, "%s: good: %s, %s%s\n", file,
+			count(len(c.Inbounds), "inbound"), count(len(c.Outbounds), "outbound"), rules)
+		return nil
+	}
+	found := false
+	for i := range bounds {
+		if b := &bounds[i]; q.inbound == "" || q.inbound == b.Name {
+			found = true
+			fmt.Fprintln(p.stdout, c.Explain(b, f))
+		}
+	}
+	if !found {
+		return fmt.Errorf("%s: no inbound is called %s", file, q.inbound)
+	}
+	return nil
 }
 
 func yamlFiles(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {

@@ -12,6 +12,7 @@ import (
 	"github.com/sluice-proxy/sluice/internal/inbound"
 	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/internal/route"
 	"github.com/sluice-proxy/sluice/relay"
 )
 
@@ -22,24 +23,30 @@ type Bound struct {
 	Router  proxy.Router
 	Relay   relay.Relay // how its sessions are relayed
 
-	links []*outbound.SSH // of all Bounds: they may share them
+	kept []kept // of all Bounds: they may share them
 }
 
-// Start begins to connect what is to be connected always. Call it once traffic may flow.
+// kept is a part of the way out that does something between sessions.
+type kept interface {
+	Start() error
+	Close() error
+}
+
+// Start begins to connect what is to be connected always, and to check what is to be checked. Call it once traffic may flow.
 func (b *Bound) Start() error {
-	for _, l := range b.links {
-		if err := l.Start(); err != nil {
+	for _, k := range b.kept {
+		if err := k.Start(); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// Close ends the connections that the way out keeps between sessions. Call it when the sessions of all
+// Close ends what the way out keeps up between sessions. Call it when the sessions of all
 // Bounds are over.
 func (b *Bound) Close() {
-	for _, l := range slices.Backward(b.links) {
-		l.Close()
+	for _, k := range slices.Backward(b.kept) {
+		k.Close()
 	}
 }
 
@@ -59,16 +66,23 @@ func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) 
 		log:     log,
 		dialers: map[dialerKey]proxy.Dialer{},
 	}
-	for i := range c.Outbounds { // also those that nobody uses; what is wrong is said once, where it stands
-		o := &c.Outbounds[i]
-		if _, err := outboundTypeOf(o.Type).build(b, o, nil); err != nil {
-			b.errs.add(fmt.Sprintf("outbounds[%d]", i), "%w", err)
+	b.member = func(s string) (proxy.Static, error) { return b.way([]string{s}) }
+	for _, groups := range []bool{false, true} { // also those that nobody uses; what is wrong is said once, where it stands
+		for i := range c.Outbounds {
+			o := &c.Outbounds[i]
+			if (o.Type == "group") != groups {
+				continue
+			}
+			if _, err := outboundTypeOf(o.Type).build(b, o, nil); err != nil {
+				b.errs.add(fmt.Sprintf("outbounds[%d]", i), "%w", err)
+			}
+		}
+		if len(b.errs.errs) > 0 {
+			return nil, b.errs.join()
 		}
 	}
-	if len(b.errs.errs) > 0 {
-		return nil, b.errs.join()
-	}
-	b.links = nil // nobody uses those
+	b.kept, b.dialers = nil, map[dialerKey]proxy.Dialer{} // nobody uses those
+	b.buildRules()
 	var bounds []Bound
 	for i := range c.Inbounds {
 		bounds = append(bounds, b.inbound(&c.Inbounds[i], fmt.Sprintf("inbounds[%d]", i)))
@@ -77,7 +91,7 @@ func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) 
 		return nil, b.errs.join()
 	}
 	for i := range bounds {
-		bounds[i].links = b.links
+		bounds[i].kept = b.kept
 	}
 	return bounds, nil
 }
@@ -88,7 +102,10 @@ type builder struct {
 	errs    errorList
 	log     *slog.Logger
 	dialers map[dialerKey]proxy.Dialer
-	links   []*outbound.SSH // those that were made, a jump host before what it leads to
+	kept    []kept // those that were made, what leads to another before it
+	rules   []route.Rule
+	member  func(string) (proxy.Static, error) // way, of a group's member: the table of types cannot name what reads it
+	owners  route.Owners                       // nil where no rule asks for them
 }
 
 // dialerKey tells hops apart: those that are the same share what they keep open.
@@ -135,14 +152,17 @@ func (b *builder) inbound(in *Inbound, path string) Bound {
 		}
 	}
 	t := inboundTypeOf(in.Type)
-	part, router := t.build(in, l, users), b.route(in.Via, path+".via")
+	part, way := t.build(in, l, users), b.route(in.Via, path+".via")
+	bound := Bound{Name: in.Name, Inbound: part, Router: way, Relay: b.relay(in)}
 	if r, ok := part.(*inbound.Reverse); ok {
-		if s, ok := router.Dialer.(*outbound.SSH); ok {
+		if s, ok := way.Dialer.(*outbound.SSH); ok {
 			r.Link = s.Link
 		}
-		router = b.route(nil, path+".via") // to its destination
+		bound.Router = b.route(nil, path+".via") // to its destination
+	} else if len(b.rules) > 0 {
+		bound.Router = &route.Router{Rules: b.rules, Default: way, Owners: b.owners}
 	}
-	return Bound{Name: in.Name, Inbound: part, Router: router, Relay: b.relay(in)}
+	return bound
 }
 
 // relay returns the settings for the relays of an inbound.
@@ -160,26 +180,33 @@ func (b *builder) relay(in *Inbound) relay.Relay {
 	return r
 }
 
-// route builds the chain of hops, each dialled through the one before.
+// route returns the way that via describes, and complains at path where it cannot.
 func (b *builder) route(via []string, path string) proxy.Static {
 	if len(via) == 0 {
 		via = []string{"direct"}
 	}
+	way, err := b.way(via)
+	if err != nil {
+		b.errs.add(path, "%w", err)
+	}
+	return way
+}
+
+// way builds the chain of hops, each dialled through the one before.
+func (b *builder) way(via []string) (proxy.Static, error) {
 	hops, err := b.c.chain(via)
 	if err != nil { // Fill has followed it
-		b.errs.add(path, "%w", err)
-		return proxy.Static{}
+		return proxy.Static{}, err
 	}
 	var d proxy.Dialer // nil: direct
 	var labels []string
 	for _, h := range hops {
 		labels = append(labels, h.label)
 		if d, err = b.dialer(h.out, d, outboundTypeOf(h.out.Type).build); err != nil {
-			b.errs.add(path, "%s: %w", h.label, err) // a URL: named ones are known to be good
-			return proxy.Static{}
+			return proxy.Static{}, fmt.Errorf("%s: %w", h.label, err) // a URL: named ones are known to be good
 		}
 	}
-	return proxy.Static{Name: strings.Join(labels, ","), Dialer: d}
+	return proxy.Static{Name: strings.Join(labels, ","), Dialer: d}, nil
 }
 
 func forward(in *Inbound, l inbound.Listener, _ inbound.Users) proxy.Inbound {

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/sshlink"
 	"github.com/sluice-proxy/sluice/relay"
@@ -32,6 +33,7 @@ const (
 	DefaultBusyPoll         = Off
 	DefaultIdle             = Duration(relay.DefaultIdle)
 	DefaultHalfOpen         = Duration(relay.DefaultHalfOpen)
+	DefaultCheckInterval    = Duration(outbound.DefaultCheckInterval)
 )
 
 // Settings that are one of a few words.
@@ -39,6 +41,8 @@ var (
 	LogLevels         = []string{"debug", "info", "warn", "error"}
 	LogFormats        = []string{"auto", "text", "json"}
 	SendProxyVersions = []string{"v1", "v2"}
+	GroupPolicies     = []string{"fallback", "round-robin", "least-latency"}
+	RuleProtocols     = []string{"tcp", "udp"}
 )
 
 // Config is the settings of one process. The zero value is what an empty file says; Fill makes it
@@ -55,6 +59,7 @@ type Config struct {
 
 	Inbounds  []Inbound  `yaml:"inbounds"`
 	Outbounds []Outbound `yaml:"outbounds"`
+	Rules     []Rule     `yaml:"rules"` // the first that matches decides; none: the via of the inbound
 
 	src    source
 	prompt sshlink.Prompt
@@ -109,8 +114,12 @@ type Outbound struct {
 	IdentityFile string   `yaml:"identity-file"` // of SSH: the private key to offer first
 	KnownHosts   string   `yaml:"known-hosts"`   // of SSH: the file of host keys, in place of the user's
 	SSHConfig    string   `yaml:"ssh-config"`    // of SSH: the file with settings, in place of the user's and the system's; none: no file
-	Keep         bool     `yaml:"keep"`          // of SSH: stay connected
+	Keep         bool     `yaml:"keep"`          // of SSH: stay connected; of a group: check also while nobody uses it
 	Via          []string `yaml:"via"`           // how the server is reached, first hop first
+	Members      []string `yaml:"members"`       // of a group: names of outbounds or URLs
+	Policy       string   `yaml:"policy"`        // of a group: one of GroupPolicies
+	Check        Dst      `yaml:"check"`         // of a group: what members are made to connect to
+	Interval     Duration `yaml:"interval"`      // of a group: between checks
 }
 
 // Off is the Duration of a limit that is switched off. It is written off, or 0.

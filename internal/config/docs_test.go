@@ -10,6 +10,7 @@ import (
 func TestDocsNameEveryKey(t *testing.T) {
 	docs := read(t, "../../docs/config.md")
 	keys := append(keysOf(reflect.TypeFor[Inbound]()), keysOf(reflect.TypeFor[Outbound]())...)
+	keys = append(keys, keysOf(reflect.TypeFor[Rule]())...)
 	for _, k := range keysOf(reflect.TypeFor[Config]()) {
 		if k != "log" {
 			keys = append(keys, k)

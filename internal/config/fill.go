@@ -69,6 +69,7 @@ func (c *Config) fill(l *errorList) {
 			}
 		}
 	}
+	c.fillRules(l, sound)
 }
 
 // defaultName is the name of an inbound that has none. It is no [isName], so it never takes one.
@@ -141,6 +142,9 @@ func (c *Config) fillOutbounds(l *errorList) bool {
 			l.add(path+".mark", "%d is not a number from 0 to 0xffffffff", o.Mark)
 		}
 		c.checkVia(l, path+".via", o.Via)
+		if t.name == "group" {
+			c.fillGroup(l, o, path)
+		}
 	}
 	c.checkCycles(l)
 	if len(l.errs) > before {
@@ -149,6 +153,11 @@ func (c *Config) fillOutbounds(l *errorList) bool {
 	for i := range c.Outbounds {
 		if _, err := c.chain([]string{c.Outbounds[i].Name}); err != nil {
 			l.add(fmt.Sprintf("outbounds[%d].via", i), "%w", err)
+		}
+		for _, m := range c.Outbounds[i].Members {
+			if _, err := c.chain([]string{m}); err != nil {
+				l.add(fmt.Sprintf("outbounds[%d].members", i), "%w", err)
+			}
 		}
 	}
 	return len(l.errs) == before
@@ -200,6 +209,12 @@ func (c *Config) checkCycles(l *errorList) {
 			index[c.Outbounds[i].Name] = i
 		}
 	}
+	key := func(i int) string {
+		if len(c.Outbounds[i].Members) > 0 {
+			return "members"
+		}
+		return "via"
+	}
 	const open, closed = 1, 2
 	state := make([]int, len(c.Outbounds))
 	var way []string
@@ -207,13 +222,13 @@ func (c *Config) checkCycles(l *errorList) {
 	visit = func(i int) {
 		state[i] = open
 		way = append(way, c.Outbounds[i].Name)
-		for _, s := range c.Outbounds[i].Via {
+		for _, s := range append(slices.Clone(c.Outbounds[i].Via), c.Outbounds[i].Members...) {
 			j, ok := index[s]
 			switch {
 			case !ok || s == "":
 			case state[j] == open:
 				circle := append(slices.Clone(way[slices.Index(way, s):]), s)
-				l.add(fmt.Sprintf("outbounds[%d].via", i), "goes in a circle: %s", strings.Join(circle, " via "))
+				l.add(fmt.Sprintf("outbounds[%d].%s", i, key(i)), "goes in a circle: %s", strings.Join(circle, " via "))
 			case state[j] == 0:
 				visit(j)
 			}

@@ -128,8 +128,12 @@ func (c *Config) chainAfter(hops []hop, via []string, depth int) ([]hop, error) 
 				return nil, err
 			}
 		}
-		if h.out.Type == "direct" && len(hops) > 0 {
+		switch {
+		case len(hops) == 0:
+		case h.out.Type == "direct":
 			return nil, fmt.Errorf("%s is a direct way and can only be the first hop", h.label)
+		case h.out.Type == "group":
+			return nil, fmt.Errorf("%s is a group and can only be the first hop: its members say how they are reached", h.label)
 		}
 		if hops = append(hops, h); len(hops) > maxHops {
 			return nil, fmt.Errorf("more than %d hops", maxHops)

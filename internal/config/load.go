@@ -117,7 +117,7 @@ func (d *decoder) value(n ast.Node, path string, v reflect.Value) {
 	}
 	switch n.(type) {
 	case *ast.AnchorNode, *ast.AliasNode, *ast.MergeKeyNode, *ast.TagNode:
-		d.add(path, "anchors, aliases and tags (& * << !) are not supported")
+		d.add(path, "anchors, aliases and tags (& * << !) are not supported: text that begins with one of these needs quotes")
 		return
 	case *ast.NullNode, nil:
 		d.add(path, "has no value: give one or remove the key")

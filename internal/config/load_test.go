@@ -152,7 +152,7 @@ func TestErrors(t *testing.T) {
 		{"documents", "idle: 1s\n---\nidle: 2s\n", "s.yaml: more than one document (---) in the file"},
 		{"IPv6 without quotes", "inbounds:\n- type: mixed\n  listen: [::1]:1080\n",
 			`s.yaml:3: value is not allowed in this context (an IPv6 address needs quotes, as in "[::1]:1080")`},
-		{"anchor", "idle: &x 1s # idle: anchors, aliases and tags (& * << !) are not supported\n" +
+		{"anchor", "idle: &x 1s # idle: anchors, aliases and tags (& * << !) are not supported: text that begins with one of these needs quotes\n" +
 			"inbounds: [{type: mixed, listen: 1}]\n", ""},
 		{"merge", "inbounds:\n- type: mixed\n  listen: 1\n  <<: {open: true} # inbounds[0]: a key must be a plain word\n", ""},
 		{"top level", `
@@ -268,7 +268,7 @@ outbounds:
 inbounds: [{type: mixed, listen: 1}]
 outbounds:
 - type: socks        # outbounds[0].name: missing # outbounds[0].type: unknown type "socks" (did you mean socks5?)
-- name: a            # outbounds[1].type: missing (one of direct, socks5, http, https, ssh, reject)
+- name: a            # outbounds[1].type: missing (one of direct, socks5, http, https, ssh, reject, group)
 - name: a            # outbounds[2].name: a is the name of entry 1, too # outbounds[2].server: missing
   type: http
 - name: b
@@ -304,6 +304,69 @@ outbounds:
 - {name: a, type: http, server: "x:1", via: [b, c]}
 - {name: b, type: http, server: "x:1", via: [b]} # outbounds[1].via: goes in a circle: b via b
 - {name: c, type: http, server: "x:1", via: [a]} # outbounds[2].via: goes in a circle: a via c via a
+`, ""},
+		{"groups", `
+inbounds: [{type: mixed, listen: 1, via: [g]}]
+outbounds:
+- {name: a, type: http, server: "x:1"}
+- {name: g, type: group, members: [a, direct, "socks5://b:1"], check: "x:80"}
+- name: empty          # outbounds[2].members: missing
+  type: group
+- name: h
+  type: group
+  members: [aa, h]     # outbounds[3].members[0]: no outbound is called aa (did you mean a?) # outbounds[3].members: goes in a circle: h via h
+  policy: random       # outbounds[3].policy: "random" is not one of fallback, round-robin, least-latency
+  interval: 10ms       # outbounds[3].interval: 10ms is too short: 100ms at least
+  check: udp://x:53    # outbounds[3].check: udp://x:53 cannot be connected to through every member: give host:port
+  via: [a]             # outbounds[3].via: does not apply to type group
+- name: i
+  type: group
+  members: [g]
+  policy: least-latency # outbounds[4].policy: least-latency needs check: a host:port to which the members' latency is measured
+  interval: off        # outbounds[4].interval: off is too short: 100ms at least
+  keep: true           # outbounds[4].keep: is of no use without check
+`, ""},
+		{"groups in chains", `
+inbounds:
+- type: mixed
+  listen: 1
+  via: [a, g]          # inbounds[0].via: g is a group and can only be the first hop: its members say how they are reached
+- {type: mixed, listen: 2, via: [g, a]}
+outbounds:
+- {name: a, type: http, server: "x:1"}
+- {name: g, type: group, members: [a, h]}
+- {name: h, type: group, members: [direct]}
+`, ""},
+		{"rules", `
+inbounds:
+- {name: web, type: mixed, listen: 1}
+- {name: far, type: reverse, listen: 1, to: 2, via: [ssh://x]}
+rules:
+- to: .corp.example    # rules[0].to: expected a list (as in [.corp.example]), found ".corp.example"
+  via: [direct]
+- to: [10.0.0.1/8]     # rules[1].to[0]: "10.0.0.1/8" has bits behind the prefix: write 10.0.0.0/8, or 10.0.0.1 for one address
+  via: [dircet]        # rules[1].via[0]: no outbound is called dircet (did you mean direct?)
+- port: [80, 90-80]    # rules[2].port[1]: "90-80" ends before it begins # rules[2].via: missing: where such flows go (as in [direct], [reject], or the name of an outbound)
+  protocol: icmp       # rules[2].protocol: "icmp" is not one of tcp, udp
+  process: ["a b/c"]   # rules[2].process[0]: "a b/c" is neither a program's name or path, nor uid:NUMBER, nor cgroup:/PATH
+- inbound: [wbe]       # rules[3].inbound[0]: no inbound is called wbe (known: web, far)
+  from: [ten]          # rules[3].from[0]: "ten" is not a network (as in 10.0.0.0/8) or an IP address
+  use: direct          # rules[3].use: unknown key (did you mean user?)
+  via: [direct]
+- inbound: [far]       # rules[4].inbound[0]: far is of type reverse, which goes to one destination from here
+  via: [direct]
+- via: [reject]
+- to: [*.internal]     # rules[6].to[0]: anchors, aliases and tags (& * << !) are not supported: text that begins with one of these needs quotes # rules[6]: is never reached: rules[5] matches every flow
+  via: [direct]
+`, ""},
+		{"rules that are never reached", `
+inbounds: [{type: mixed, listen: 1}]
+rules:
+- {to: [a.example], port: [1], via: [direct]}
+- {to: [a.example], port: [1, 2], via: [direct]}
+- {to: [a.example], port: [1], via: [reject]} # rules[2]: is never reached: rules[0] has the same conditions
+- via: [reject]
+- {port: [1], via: [direct]} # rules[4]: is never reached: rules[3] matches every flow
 `, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -341,7 +404,7 @@ func TestErrorsInOrder(t *testing.T) {
 	want := "s.yaml:2: inbounds[0].type: unknown type \"x\" (known: forward, socks5, http, mixed, reverse)\n" +
 		"s.yaml:3: inbounds[0].listen: address \"y\": missing port (as in y:80)\n" +
 		"s.yaml:4: inbounds[1].type: unknown type \"z\" (known: forward, socks5, http, mixed, reverse)\n" +
-		"s.yaml:5: foo: unknown key (known: log, idle, half-open, dial-timeout, handshake-timeout, grace, busy-poll, inbounds, outbounds)"
+		"s.yaml:5: foo: unknown key (known: log, idle, half-open, dial-timeout, handshake-timeout, grace, busy-poll, inbounds, outbounds, rules)"
 	if err == nil || err.Error() != want {
 		t.Errorf("got\n%v\nwant\n%s", err, want)
 	}

@@ -136,7 +136,9 @@ func (s *secrets) roots(name string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-func readFile(path string) ([]byte, os.FileMode, error) {
+func readFile(path string) ([]byte, os.FileMode, error) { return readUpTo(path, maxFile) }
+
+func readUpTo(path string, most int) ([]byte, os.FileMode, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, 0, err
@@ -146,9 +148,9 @@ func readFile(path string) ([]byte, os.FileMode, error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err == nil && len(data) > maxFile {
-		err = fmt.Errorf("%s is larger than %d MiB", path, maxFile>>20)
+	data, err := io.ReadAll(io.LimitReader(f, int64(most)+1))
+	if err == nil && len(data) > most {
+		err = fmt.Errorf("%s is larger than %d MiB", path, most>>20)
 	}
 	return data, fi.Mode(), err
 }

@@ -68,7 +68,7 @@ func (b *builder) ssh(o *Outbound, via proxy.Dialer, depth int) (proxy.Dialer, e
 		return via.DialStream(ctx, proxy.TCP(host, port))
 	}
 	s := &outbound.SSH{Link: link}
-	b.links = append(b.links, s)
+	b.kept = append(b.kept, s)
 	return s, nil
 }
 

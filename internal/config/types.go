@@ -27,6 +27,7 @@ var outboundTypes = []outboundType{
 	{"https", httpsOut, "server", serverKeys + " ca-file server-name"},
 	{"ssh", sshOut, "host", serverKeys + " identity-file known-hosts ssh-config keep"},
 	{"reject", reject, "", ""},
+	{"group", group, "members", "policy check interval keep"},
 }
 
 // The keys that several types share.

@@ -44,8 +44,8 @@ func BenchmarkList(b *testing.B) {
 			for b.Loop() {
 				before := heap()
 				set := new(route.Targets)
-				if err := set.AddList("list", list); err != nil {
-					b.Fatal(err)
+				if errs := set.AddList("list", list); errs != nil {
+					b.Fatal(errs)
 				}
 				kept = float64(heap()) - float64(before)
 				runtime.KeepAlive(set)

@@ -74,9 +74,9 @@ func (t *Targets) add(s string) error {
 // maxListErrors is how many complaints about one list are worth reading.
 const maxListErrors = 10
 
-// AddList adds a list: one entry a line, # begins a comment. Errors say place:line, and there are
-// some at most.
-func (t *Targets) AddList(place string, data []byte) error {
+// AddList adds a list: one entry a line, # begins a comment. The errors say place:line, and are all
+// that is wrong with it, or the first of many.
+func (t *Targets) AddList(place string, data []byte) []error {
 	text := strings.ToLower(strings.TrimPrefix(string(data), "\uFEFF"))
 	var errs []error
 	line, before := 0, t.size
@@ -96,9 +96,9 @@ func (t *Targets) AddList(place string, data []byte) error {
 		}
 	}
 	if len(errs) == 0 && t.size == before {
-		return fmt.Errorf("%s: nothing in it", place)
+		errs = append(errs, fmt.Errorf("%s: nothing in it", place))
 	}
-	return errors.Join(errs...)
+	return errs
 }
 
 // Contains says whether the host is in t: an IP address or a name.
