@@ -33,7 +33,7 @@ func TestDocsNameEveryKey(t *testing.T) {
 
 // TestDocsExamplesAreGood loads the first example of each page that has one.
 func TestDocsExamplesAreGood(t *testing.T) {
-	for _, page := range []string{"config.md", "ssh.md"} {
+	for _, page := range []string{"config.md", "ssh.md", "routing.md"} {
 		_, rest, ok := strings.Cut(read(t, "../../docs/"+page), "```yaml\n")
 		example, _, closed := strings.Cut(rest, "```")
 		if !ok || !closed {
