@@ -9,13 +9,16 @@ import (
 	"github.com/sluice-proxy/sluice/internal/proxy"
 )
 
-// Start begins to check the members, if there is something to check them by. Call it once.
+// Start begins to check the members, if there is something to check them by. A second call does nothing.
 func (g *Group) Start() error {
 	if !g.checks() {
 		return nil
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.stop != nil {
+		return nil
+	}
 	g.prepare()
 	ctx, stop := context.WithCancel(context.Background())
 	g.stop = stop
