@@ -33,6 +33,15 @@ const (
 	broken                   // it cannot be reached, or is not what it should be
 )
 
+// packetVerdictOf is verdictOf for datagrams. One that refuses them may be good for streams, so no more counts against it
+// than that it cannot be reached.
+func packetVerdictOf(err error) verdict {
+	if f, known := errors.AsType[*fault](err); err == nil || known && !f.behind {
+		return verdictOf(err)
+	}
+	return unable
+}
+
 func verdictOf(err error) verdict {
 	reason := proxy.ReasonOf(err)
 	f, known := errors.AsType[*fault](err)

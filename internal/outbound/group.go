@@ -82,14 +82,14 @@ var _ proxy.PacketDialer = (*Group)(nil)
 // DialStream implements [proxy.Dialer]. The conn is the member's own. The error names the members that were tried and has
 // the reason of the last.
 func (g *Group) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, error) {
-	return tryMembers(ctx, g, func(ctx context.Context, d proxy.Dialer) (net.Conn, error) {
+	return tryMembers(ctx, g, verdictOf, func(ctx context.Context, d proxy.Dialer) (net.Conn, error) {
 		return d.DialStream(ctx, dst)
 	})
 }
 
 // DialPackets implements [proxy.PacketDialer], with the members that do.
 func (g *Group) DialPackets(ctx context.Context, dst proxy.Addr) (relay.PacketConn, error) {
-	return tryMembers(ctx, g, func(ctx context.Context, d proxy.Dialer) (relay.PacketConn, error) {
+	return tryMembers(ctx, g, packetVerdictOf, func(ctx context.Context, d proxy.Dialer) (relay.PacketConn, error) {
 		if p, ok := d.(proxy.PacketDialer); ok {
 			return p.DialPackets(ctx, dst)
 		}
@@ -97,7 +97,9 @@ func (g *Group) DialPackets(ctx context.Context, dst proxy.Addr) (relay.PacketCo
 	})
 }
 
-func tryMembers[C any](ctx context.Context, g *Group, dial func(context.Context, proxy.Dialer) (C, error)) (none C, _ error) {
+// tryMembers dials through one member after the other, as far as judge says of the error of each.
+func tryMembers[C any](ctx context.Context, g *Group, judge func(error) verdict,
+	dial func(context.Context, proxy.Dialer) (C, error)) (none C, _ error) {
 	deadline, ok := ctx.Deadline()
 	if !ok {
 		deadline = time.Now().Add(proxy.DefaultDialTimeout)
@@ -115,7 +117,7 @@ func tryMembers[C any](ctx context.Context, g *Group, dial func(context.Context,
 		if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 			return none, fmt.Errorf("outbound: group %s: %s: %w", g.Name, m.Name, err) // which says nothing of the member
 		}
-		v := verdictOf(err)
+		v := judge(err)
 		g.note(m, v, err)
 		if err == nil {
 			return c, nil

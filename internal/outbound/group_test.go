@@ -424,6 +424,16 @@ func TestGroupDialPackets(t *testing.T) {
 	if n := a.count(); n != 0 {
 		t.Error("a stream was dialled")
 	}
+	refuses := &packets{scripted: scripted{err: fmt.Errorf("associate: %w", syscall.EACCES)}}
+	picky := &Group{Name: "g", Members: []Member{{"a", refuses}, {"c", c}}}
+	for range 2 * doubtsMost {
+		if got, err := picky.DialPackets(t.Context(), proxy.UDP("x", 53)); got != c.conn || err != nil {
+			t.Errorf("%v, %v", got, err)
+		}
+	}
+	if _, up := picky.order(); up != 2 {
+		t.Error("what refuses datagrams is down for streams")
+	}
 	none := &Group{Name: "g", Members: []Member{{"a", a}}}
 	if _, err := none.DialPackets(t.Context(), proxy.UDP("x", 53)); proxy.ReasonOf(err) != proxy.Unsupported {
 		t.Error(err)
