@@ -86,7 +86,7 @@ func (g *Group) checkAll(ctx context.Context) {
 
 // check connects to the place of the checks through m. A refusal from there is as good as a connection.
 func (g *Group) check(ctx context.Context, m *member) {
-	attempt, cancel := context.WithTimeoutCause(ctx, min(checkTimeout, g.interval()), context.DeadlineExceeded)
+	attempt, cancel := context.WithTimeoutCause(ctx, checkTimeout, context.DeadlineExceeded)
 	defer cancel()
 	begin := time.Now()
 	c, err := m.Dialer.DialStream(attempt, g.Check)

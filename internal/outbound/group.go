@@ -28,8 +28,8 @@ const (
 // The defaults of a Group.
 const (
 	DefaultCheckInterval = 30 * time.Second
-	checkTimeout         = 5 * time.Second // or the interval, if that is shorter
-	checkPause           = time.Second     // between two rounds of checks at least, or the interval
+	checkTimeout         = 5 * time.Second // of one check, also where the interval is shorter: rounds do not overlap
+	checkPause           = time.Second     // between two rounds of checks at least, or the interval if that is shorter
 	doubtsMost           = 3               // dials in a row without an answer, where there are no checks
 )
 
