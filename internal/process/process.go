@@ -2,7 +2,7 @@
 //
 // The kernel is asked for the one socket that has the client's addresses, which tells its user and takes some
 // microseconds. It does not tell the process: that is found by looking through the open files of all processes,
-// which takes some milliseconds where there are hundreds of them. A process that was found is looked into
+// which takes some milliseconds where there are thousands of files. A process that was found is looked into
 // first the next time, since most open more than one connection.
 //
 // Only Linux tells it, and only of processes that we may look into: those of other users need root. Clients in
