@@ -398,7 +398,7 @@ type client struct {
 }
 
 func newClient() *client {
-	return &client{in: make(chan datagram, 1000), out: make(chan datagram, 1000), over: make(chan struct{}),
+	return &client{in: make(chan datagram, 1000), out: make(chan datagram, 2000), over: make(chan struct{}),
 		refused: make(map[relay.Endpoint]error)}
 }
 

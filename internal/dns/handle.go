@@ -22,20 +22,8 @@ func (h *Handler) now(q *question) []byte {
 	return nil
 }
 
-// answer returns the answer to q, which came by a network, or nil where there is to be none. It waits for the
-// resolver, and for its turn where wait is set; otherwise a question too many is lost, as datagrams are.
-func (h *Handler) answer(ctx context.Context, f proxy.Flow, q *question, network string, wait bool) []byte {
-	if b := h.now(q); b != nil {
-		return b
-	}
-	if !h.enter(ctx, wait) {
-		return nil
-	}
-	defer h.leave()
-	return h.resolve(ctx, f, q, network)
-}
-
-// enter takes one of the slots for questions to the resolver.
+// enter takes one of the slots for questions to the resolver. Where there is none it waits, if it may: a datagram is
+// lost rather than kept.
 func (h *Handler) enter(ctx context.Context, wait bool) bool {
 	select {
 	case h.slots <- struct{}{}:

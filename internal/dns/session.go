@@ -30,6 +30,9 @@ type session struct {
 	conn relay.PacketConn
 	all  sync.WaitGroup // lanes, questions, and pump
 
+	asks       context.Context // of the questions; ends with the client's conn
+	cancelAsks context.CancelFunc
+
 	out sync.Mutex // one datagram is written at a time
 
 	mu      sync.Mutex
@@ -49,6 +52,7 @@ func (h *Handler) HandlePackets(ctx context.Context, f proxy.Flow, c relay.Packe
 	}
 	h.begin()
 	s := &session{h: h, ctx: ctx, flow: f, conn: c, lanes: make(map[netip.Addr]*lane)}
+	s.asks, s.cancelAsks = context.WithCancel(ctx)
 	defer s.end()
 	defer context.AfterFunc(ctx, s.close)()
 	defer context.AfterFunc(h.ctx, s.closeIfDone)()
@@ -87,6 +91,7 @@ func (s *session) close() {
 	for _, l := range lanes {
 		l.stop()
 	}
+	s.cancelAsks()
 	s.conn.Close()
 }
 
@@ -170,7 +175,7 @@ func (s *session) question(p *relay.Packet) {
 		s.reply(p.Endpoint, b)
 		return
 	}
-	if !s.h.enter(s.ctx, false) {
+	if !s.h.enter(s.asks, false) {
 		return
 	}
 	q.raw = append([]byte(nil), q.raw...) // outlives the packet
@@ -180,7 +185,7 @@ func (s *session) question(p *relay.Packet) {
 	s.mu.Unlock()
 	s.all.Go(func() {
 		defer s.answered()
-		b := s.h.resolve(s.ctx, s.flow, q, "udp")
+		b := s.h.resolve(s.asks, s.flow, q, "udp")
 		s.h.leave()
 		s.reply(from, b)
 	})

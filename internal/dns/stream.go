@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -20,15 +21,16 @@ const (
 
 // stream is a client's DNS over TCP (RFC 7766): any number of questions, whose answers go out as they come.
 type stream struct {
-	h     *Handler
-	flow  proxy.Flow
-	conn  net.Conn
-	slots chan struct{}
-	idle  *time.Timer // closes the conn, which may have no deadlines
-	all   sync.WaitGroup
-
-	out sync.Mutex // one answer is written at a time
+	h       *Handler
+	flow    proxy.Flow
+	conn    net.Conn
+	idle    *time.Timer   // closes the conn, which may have no deadlines
+	slots   chan struct{} // one taken for each question until its answer is written
+	answers chan []byte   // never full; nil where there is none
+	asking  sync.WaitGroup
 }
+
+var errNoQuestion = errors.New("dns: the client does not ask")
 
 // serveStream is the origin of a stream to port 53.
 func (h *Handler) serveStream(ctx context.Context, f proxy.Flow, p proxy.Pending) {
@@ -46,55 +48,69 @@ func (h *Handler) serveStream(ctx context.Context, f proxy.Flow, p proxy.Pending
 	defer cancel()
 	defer context.AfterFunc(h.ctx, cancel)()
 	defer context.AfterFunc(ctx, func() { relay.Abort(c) })()
-	s := &stream{h: h, flow: f, conn: c, slots: make(chan struct{}, streamMax)}
+	s := &stream{h: h, flow: f, conn: c, slots: make(chan struct{}, streamMax), answers: make(chan []byte, streamMax)}
 	s.idle = time.AfterFunc(streamIdle, func() { c.Close() })
 	defer s.idle.Stop()
 	h.up.acquire()
 	defer h.up.release()
-	s.read(ctx, bufio.NewReader(relay.WithHead(c, head)))
-	s.all.Wait()
+	var writing sync.WaitGroup
+	writing.Go(s.write)
+	if !errors.Is(s.read(ctx, bufio.NewReader(relay.WithHead(c, head))), io.EOF) {
+		cancel() // nobody waits for the answers any more
+	}
+	s.asking.Wait()
+	close(s.answers)
+	writing.Wait()
 }
 
-// read takes questions until the client's end.
-func (s *stream) read(ctx context.Context, r *bufio.Reader) {
+// read takes questions until the client's end, which is io.EOF if it is clean.
+func (s *stream) read(ctx context.Context, r *bufio.Reader) error {
 	for {
 		raw, err := readMessage(r)
 		if err != nil {
-			return
+			return err
 		}
 		s.idle.Reset(streamIdle)
 		q, m := parse(raw)
 		if m == nil && q == nil {
-			return // it does not speak DNS
+			return errNoQuestion
 		}
 		select {
 		case s.slots <- struct{}{}:
 		case <-ctx.Done():
-			return
+			return ctx.Err()
 		}
-		s.all.Go(func() {
-			defer func() { <-s.slots }()
-			if m != nil {
-				s.write(pack(m))
-			} else {
-				s.write(s.h.answer(ctx, s.flow, q, "tcp", true))
-			}
-		})
+		if m != nil {
+			s.answers <- pack(m)
+		} else if b := s.h.now(q); b != nil {
+			s.answers <- b
+		} else {
+			s.asking.Go(func() { s.resolve(ctx, q) })
+		}
 	}
 }
 
-// write sends an answer. Where that fails the client is gone, as read will find.
-func (s *stream) write(answer []byte) {
-	if answer == nil {
-		return
+// resolve has the resolver answer q, when it is q's turn.
+func (s *stream) resolve(ctx context.Context, q *question) {
+	var answer []byte
+	if s.h.enter(ctx, true) {
+		answer = s.h.resolve(ctx, s.flow, q, "tcp")
+		s.h.leave()
 	}
-	s.out.Lock()
-	defer s.out.Unlock()
-	if _, err := s.conn.Write(frame(answer)); err != nil {
-		s.conn.Close()
-		return
+	s.answers <- answer
+}
+
+// write sends the answers. Where that fails the client is gone, as read will find.
+func (s *stream) write() {
+	for b := range s.answers {
+		if b != nil {
+			if _, err := s.conn.Write(frame(b)); err != nil {
+				s.conn.Close()
+			}
+			s.idle.Reset(streamIdle)
+		}
+		<-s.slots
 	}
-	s.idle.Reset(streamIdle)
 }
 
 // frame returns a message as it stands in a stream: its length comes first.
