@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/relay"
@@ -21,6 +22,8 @@ type lane struct {
 	queue chan relay.Packet // what the session hands out
 	over  chan struct{}
 	once  sync.Once
+
+	dropped atomic.Int64
 
 	mu    sync.Mutex
 	ports map[uint16]bool // of the name, that the client has sent to
@@ -110,8 +113,12 @@ func (l *lane) put(p *relay.Packet) {
 	case l.queue <- *p:
 		*p = relay.Packet{}
 	default:
+		l.dropped.Add(1)
 	}
 }
+
+// Dropped returns how many datagrams the queue had no room for.
+func (l *lane) Dropped() int64 { return l.dropped.Load() }
 
 // ReadPacket implements relay.PacketConn: the client's next datagram for the lane, as to the name.
 func (l *lane) ReadPacket(p *relay.Packet) error {
