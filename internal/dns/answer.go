@@ -25,7 +25,8 @@ type question struct {
 	msg *dns.Msg
 }
 
-// parse reads a message from a client. Where it is nothing to be answered both are nil; where it is wrong there is an answer.
+// parse reads a message from a client. Where it is nothing to be answered both are nil; where it is wrong there is an
+// answer that says so.
 func parse(raw []byte) (*question, *dns.Msg) {
 	if len(raw) < headerSize || raw[2]&0x80 != 0 {
 		return nil, nil // an answer, or noise
@@ -156,8 +157,8 @@ func (h *Handler) fakeHost(q *question, asked dns.Question) *dns.Msg {
 // canary is the name by whose absence Firefox knows that it is not to ask servers of its own.
 const canary = "use-application-dns.net"
 
-// hostName returns a name as proxies take it: in lower case, without the last dot. It says whether it can be a host's;
-// names of DNS may hold any byte.
+// hostName returns a name as proxies take it: in lower case, without the last dot. It says whether it can be a
+// host's; names of DNS may hold any byte.
 func hostName(s string) (string, bool) {
 	s = strings.ToLower(strings.TrimSuffix(s, "."))
 	if s == "" || len(s) > 253 {
@@ -213,7 +214,8 @@ func reverseIP(name string) netip.Addr {
 	return ip
 }
 
-// withoutResolver answers what only a resolver could: that there is nothing, which programs take better than a failure.
+// withoutResolver answers what only a resolver could: that there is nothing, which programs take better than a
+// failure.
 func (q *question) withoutResolver() *dns.Msg {
 	switch asked := q.msg.Question[0]; {
 	case asked.Qclass != dns.ClassINET:

@@ -1,5 +1,5 @@
-// Package dns answers the DNS questions of programs whose traffic is taken as packets or redirected, so that the names
-// they ask for go the way of their traffic.
+// Package dns answers the DNS questions of programs whose traffic is taken as packets or redirected, so that the
+// names they ask for go the way of their traffic.
 //
 // A program that uses a proxy gives it a name. One that does not know of the proxy asks a name server first, and then
 // connects to an address: what the proxy sees has no name any more, and the question may have gone a way that cannot
@@ -75,7 +75,8 @@ type Handler struct {
 
 	// Resolver is asked in Hijack. In Fake it may be zero: then only what needs none is answered.
 	Resolver proxy.Addr
-	// Router chooses the way to the Resolver, by a Flow without a client: the questions of all share it. nil: none is asked.
+	// Router chooses the way to the Resolver, by a Flow without a client: the questions of all share it.
+	// nil: none is asked.
 	Router proxy.Router
 
 	NoIPv6  bool          // Fake: names have no IPv6 address, for clients that have no way to one
@@ -195,7 +196,8 @@ func (*unknownError) Is(target error) bool { return target == syscall.EHOSTUNREA
 func (h *Handler) unknownAddress(ip netip.Addr) error {
 	if h.unknown.begins() {
 		h.log.Warn("refused flows to an address that stands for no name",
-			"addr", ip, "hint", "the program has kept it from an earlier run, or for very long; it is to resolve the name again")
+			"addr", ip,
+			"hint", "the program has kept it from an earlier run, or for very long; it is to resolve the name again")
 	}
 	return errUnknown
 }

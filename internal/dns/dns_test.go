@@ -41,7 +41,8 @@ func TestParseMode(t *testing.T) {
 			t.Errorf("ParseMode(%q) = %v, %v, %v", tt.s, mode, at, err)
 		}
 	}
-	for _, s := range []string{"Fake", "dns.example.com", "1.1.1.1:", "1.1.1.1:0", "0.0.0.0", "off,1.1.1.1", "fake,", "fake,off"} {
+	for _, s := range []string{"Fake", "dns.example.com", "1.1.1.1:", "1.1.1.1:0", "0.0.0.0", "off,1.1.1.1", "fake,",
+		"fake,off"} {
 		if mode, at, err := ParseMode(s); err == nil {
 			t.Errorf("ParseMode(%q) = %v, %v, want an error", s, mode, at)
 		}
@@ -67,7 +68,7 @@ func ask(t *testing.T, h *Handler, q *dns.Msg) *dns.Msg {
 func newQuestion(name string, typ uint16) *dns.Msg { return new(dns.Msg).SetQuestion(name, typ) }
 
 func TestFakeAnswers(t *testing.T) {
-	h := &Handler{Next: noHandler{t}}
+	h := &Handler{names: names{fixed: true}, Next: noHandler{t}}
 	for _, tt := range []struct {
 		name  string
 		typ   uint16
@@ -101,13 +102,14 @@ func TestFakeAnswers(t *testing.T) {
 		{"1.1.19.198.in-addr.arpa.", dns.TypePTR, dns.RcodeNameError, ""},
 		{"1.0.18.198.in-addr.arpa.", dns.TypePTR, dns.RcodeNameError, ""},
 		{"1.1.1.1.in-addr.arpa.", dns.TypePTR, dns.RcodeNameError, ""},
-		{"0.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.8.9.1.0.2.d.3.b.a.7.e.1.c.5.d.f.ip6.arpa.", dns.TypePTR, dns.RcodeSuccess, "example.com."},
+		{"0.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.8.9.1.0.2.d.3.b.a.7.e.1.c.5.d.f.ip6.arpa.", dns.TypePTR,
+			dns.RcodeSuccess, "example.com."},
 		{"example.com.", dns.TypeAXFR, dns.RcodeRefused, ""},
 	} {
 		q := newQuestion(tt.name, tt.typ)
 		m := ask(t, h, q)
-		if m.Id != q.Id || !m.Response || !m.RecursionAvailable || !m.RecursionDesired || m.Truncated || m.AuthenticatedData ||
-			len(m.Question) != 1 || m.Question[0] != q.Question[0] {
+		if m.Id != q.Id || !m.Response || !m.RecursionAvailable || !m.RecursionDesired || m.Truncated ||
+			m.AuthenticatedData || len(m.Question) != 1 || m.Question[0] != q.Question[0] {
 			t.Errorf("%s %s: the header or question of the answer:\n%v", tt.name, dns.TypeToString[tt.typ], m)
 		}
 		if got := dataOf(m); m.Rcode != tt.rcode || got != tt.want {
@@ -123,7 +125,7 @@ func TestFakeAnswers(t *testing.T) {
 }
 
 func TestFakeWithoutIPv6(t *testing.T) {
-	h := &Handler{Next: noHandler{t}, NoIPv6: true}
+	h := &Handler{names: names{fixed: true}, Next: noHandler{t}, NoIPv6: true}
 	if m := ask(t, h, newQuestion("example.com.", dns.TypeAAAA)); m.Rcode != dns.RcodeSuccess || len(m.Answer) != 0 {
 		t.Errorf("AAAA: %v", m)
 	}
@@ -133,13 +135,14 @@ func TestFakeWithoutIPv6(t *testing.T) {
 }
 
 func TestHeadersAreEchoed(t *testing.T) {
-	h := &Handler{Next: noHandler{t}}
+	h := &Handler{names: names{fixed: true}, Next: noHandler{t}}
 	q := newQuestion("eXAmple.com.", dns.TypeA)
 	q.RecursionDesired, q.CheckingDisabled = false, true
 	q.SetEdns0(4096, true)
 	m := ask(t, h, q)
 	opt := m.IsEdns0()
-	if m.RecursionDesired || !m.CheckingDisabled || opt == nil || !opt.Do() || opt.Version() != 0 || m.Question[0].Name != "eXAmple.com." {
+	if m.RecursionDesired || !m.CheckingDisabled || opt == nil || !opt.Do() || opt.Version() != 0 ||
+		m.Question[0].Name != "eXAmple.com." {
 		t.Errorf("answer:\n%v", m)
 	}
 	if m := ask(t, h, newQuestion("example.com.", dns.TypeA)); m.IsEdns0() != nil {
@@ -152,7 +155,7 @@ func TestHeadersAreEchoed(t *testing.T) {
 }
 
 func TestBadQuestions(t *testing.T) {
-	h := &Handler{Next: noHandler{t}}
+	h := &Handler{names: names{fixed: true}, Next: noHandler{t}}
 	update := new(dns.Msg).SetUpdate("example.com.")
 	if m := ask(t, h, update); m.Rcode != dns.RcodeNotImplemented || m.Opcode != dns.OpcodeUpdate || m.Id != update.Id {
 		t.Errorf("update: %v", m)
@@ -190,7 +193,7 @@ func TestBadQuestions(t *testing.T) {
 func whole16(b []byte) uint16 { return uint16(b[0])<<8 | uint16(b[1]) }
 
 func TestNamesKeepTheirAddresses(t *testing.T) {
-	n := &names{max: 3}
+	n := &names{max: 3, fixed: true}
 	number := func(name string) int {
 		t.Helper()
 		i, err := n.number(name)
@@ -235,7 +238,7 @@ func TestNamesKeepTheirAddresses(t *testing.T) {
 		t.Errorf("b is held still, and f got its number")
 	}
 	n.release(again)
-	if number("f") != b || number("f") != b {
+	if f := number("f"); f != b || number("f") != f {
 		t.Error("f did not get the number of b, which is free again")
 	}
 	if len(n.byName) != 3 || len(n.byNum) != 3 {
@@ -261,7 +264,7 @@ func TestAddressesOfNumbers(t *testing.T) {
 }
 
 func TestFullTableIsAFailure(t *testing.T) {
-	h := &Handler{Next: noHandler{t}}
+	h := &Handler{names: names{fixed: true}, Next: noHandler{t}}
 	h.names.max = 1
 	ask(t, h, newQuestion("a.example.", dns.TypeA))
 	e, _ := h.names.hold(fakeIP4(0))
@@ -284,7 +287,7 @@ func fakeOf(t *testing.T, h *Handler, name string) netip.Addr {
 
 func TestStreamsToFakeAddressesGoToNames(t *testing.T) {
 	next := new(proxytest.RecordingHandler)
-	h := &Handler{Next: next}
+	h := &Handler{names: names{fixed: true}, Next: next}
 	ip := fakeOf(t, h, "Example.com")
 	for _, dst := range []netip.Addr{ip, fakeIP6(numberOf(ip)), netip.MustParseAddr("192.0.2.1")} {
 		p := newPending()
@@ -306,7 +309,7 @@ func TestStreamsToFakeAddressesGoToNames(t *testing.T) {
 
 func TestStreamToForgottenAddressIsRejected(t *testing.T) {
 	var log bytes.Buffer
-	h := &Handler{Next: noHandler{t}, Log: slog.New(slog.NewTextHandler(&log, nil))}
+	h := &Handler{names: names{fixed: true}, Next: noHandler{t}, Log: slog.New(slog.NewTextHandler(&log, nil))}
 	for range 3 {
 		p := newPending()
 		f := flowTo("198.18.7.7:443")
@@ -324,7 +327,7 @@ func TestStreamToForgottenAddressIsRejected(t *testing.T) {
 
 func TestOffIsTransparent(t *testing.T) {
 	next := new(proxytest.RecordingHandler)
-	h := &Handler{Next: next, Mode: Off}
+	h := &Handler{names: names{fixed: true}, Next: next, Mode: Off}
 	c := newClient()
 	over := serve(t, h, c, "10.0.0.53:53")
 	c.send("10.0.0.53:53", []byte("x"))
@@ -457,7 +460,8 @@ func (c *client) refusal(e relay.Endpoint) error {
 	return c.refused[e]
 }
 
-// serve has h handle c, whose first datagram goes to dst. The function that it returns closes c and waits for the session's end.
+// serve has h handle c, whose first datagram goes to dst. The function that it returns closes c and waits for the
+// session's end.
 func serve(t testing.TB, h *Handler, c *client, dst string) (end func()) {
 	over := make(chan struct{})
 	ctx := t.Context()
@@ -510,4 +514,27 @@ func (p *pending) talk(t testing.TB, s string) {
 	}
 	p.ours.Close()
 	<-p.done
+}
+
+// What a program has kept from an earlier run must not lead to another name.
+func TestAddressesOfTwoRunsDiffer(t *testing.T) {
+	seen := make(map[netip.Addr]bool)
+	for range 3 {
+		seen[fakeOf(t, &Handler{Next: noHandler{t}}, "example.com")] = true
+	}
+	if len(seen) == 1 {
+		t.Errorf("three handlers gave their first name the same address: %v", seen)
+	}
+}
+
+func TestNumbersWrapAround(t *testing.T) {
+	n := &names{max: 2, byName: map[string]*entry{}, byNum: map[int]*entry{}, start: namesMax - 1}
+	a, _ := n.number("a")
+	b, _ := n.number("b")
+	if a != namesMax-1 || b != 0 {
+		t.Errorf("numbers %d, %d", a, b)
+	}
+	if name, ok := n.lookup(fakeIP4(b)); name != "b" || !ok {
+		t.Errorf("b is %q", name)
+	}
 }

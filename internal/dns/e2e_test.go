@@ -1,3 +1,5 @@
+//go:build unix
+
 package dns
 
 import (
@@ -45,13 +47,7 @@ func startServer(t *testing.T, h proxy.Handler) (port string) {
 	s := &server{h: h, sessions: make(map[netip.AddrPort]*client)}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.ctx = ctx
-	var err error
-	if s.packets, err = net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}); err != nil {
-		t.Fatal(err)
-	}
-	if s.streams, err = net.Listen("tcp", s.packets.LocalAddr().String()); err != nil {
-		t.Fatal(err)
-	}
+	proxytest.Until(t, "a port that is free for both", s.listen)
 	t.Cleanup(func() {
 		cancel()
 		s.packets.Close()
@@ -62,6 +58,18 @@ func startServer(t *testing.T, h proxy.Handler) (port string) {
 	s.all.Go(s.serveStreams)
 	_, port, _ = net.SplitHostPort(s.packets.LocalAddr().String())
 	return port
+}
+
+// listen binds a port for UDP and the same for TCP, if it is free.
+func (s *server) listen() bool {
+	var err error
+	if s.packets, err = net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}); err != nil {
+		return false
+	}
+	if s.streams, err = net.Listen("tcp", s.packets.LocalAddr().String()); err != nil {
+		s.packets.Close()
+	}
+	return err == nil
 }
 
 func (s *server) servePackets() {
@@ -227,7 +235,7 @@ func TestDigByAResolver(t *testing.T) {
 			resolver := startUnbound(t)
 			way := proxy.Static{Name: "way", Dialer: tt.via(t)}
 			e := &proxy.Engine{Router: way}
-			h := &Handler{Next: e, Mode: Hijack, Router: way, Resolver: resolver}
+			h := &Handler{names: names{fixed: true}, Next: e, Mode: Hijack, Router: way, Resolver: resolver}
 			port := startServer(t, h)
 			for _, args := range [][]string{nil, {"+tcp"}, {"+dnssec"}, {"+noedns"}, {"+tcp", "+keepopen"}} {
 				if out := dig(t, port, append(args, "+short", "www.lab", "A", "www.lab", "AAAA", "lab", "MX")...); out !=
@@ -241,7 +249,8 @@ func TestDigByAResolver(t *testing.T) {
 			if out := dig(t, port, "+ignore", "+bufsize=512", "large.lab", "TXT"); !strings.Contains(out, "flags: qr aa tc") {
 				t.Errorf("too large a record:\n%s", out)
 			}
-			if out := dig(t, port, "large.lab", "TXT"); strings.Count(out, "\nlarge.lab.") != 40 || !strings.Contains(out, "Truncated, retrying in TCP mode") {
+			if out := dig(t, port, "large.lab", "TXT"); strings.Count(out, "\nlarge.lab.") != 40 ||
+				!strings.Contains(out, "Truncated, retrying in TCP mode") {
 				t.Errorf("too large a record, asked again over TCP:\n%s", out)
 			}
 			e.Abort()
@@ -253,10 +262,12 @@ func TestDigByAResolver(t *testing.T) {
 func TestDigFake(t *testing.T) {
 	proxytest.NoLeaks(t)
 	resolver := startUnbound(t)
-	h := &Handler{Next: noHandler{t}, Router: proxy.Static{Dialer: connectProxy(t)}, Resolver: resolver}
+	h := &Handler{names: names{fixed: true}, Next: noHandler{t}, Router: proxy.Static{Dialer: connectProxy(t)},
+		Resolver: resolver}
 	port := startServer(t, h)
 	for _, args := range [][]string{nil, {"+tcp"}, {"+tcp", "+keepopen"}, {"+dnssec", "+cookie"}} {
-		out := dig(t, port, append(args, "+short", "www.lab", "A", "www.lab", "AAAA", "lab", "MX", "www.lab", "HTTPS", "-x", "198.18.0.16")...)
+		out := dig(t, port, append(args, "+short", "www.lab", "A", "www.lab", "AAAA", "lab", "MX", "www.lab", "HTTPS",
+			"-x", "198.18.0.16")...)
 		if out != "198.18.0.16\nfd5c:1e7a:b3d2:198::10\n10 mail.lab.\nwww.lab.\n" {
 			t.Errorf("dig %v:\n%s", args, out)
 		}
@@ -272,7 +283,7 @@ func TestManyQuestionsAtOnce(t *testing.T) {
 	proxytest.NoLeaks(t)
 	resolver := startUnbound(t)
 	way := proxy.Static{Name: "way", Dialer: connectProxy(t)}
-	h := &Handler{Next: noHandler{t}, Mode: Hijack, Router: way, Resolver: resolver}
+	h := &Handler{names: names{fixed: true}, Next: noHandler{t}, Mode: Hijack, Router: way, Resolver: resolver}
 	port := startServer(t, h)
 	var all sync.WaitGroup
 	failed := make(chan error, 50)

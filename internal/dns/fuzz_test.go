@@ -28,19 +28,20 @@ func seedMessages(f *testing.F) {
 	f.Add(mustPack(f, addressed(q, "")))
 	f.Add(mustPack(f, q)[:20])
 	f.Add(mustPack(f, new(dns.Msg).SetUpdate("example.com.")))
-	f.Add([]byte("\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\xc0\x0c\x00\x01\x00\x01")) // a name that points to itself
+	// A name that points to itself.
+	f.Add([]byte("\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\xc0\x0c\x00\x01\x00\x01"))
 	f.Add([]byte("\x00\x01\x01\x00\xff\xff\xff\xff\xff\xff\xff\xff"))
 }
 
-// FuzzQuestion gives any bytes to the handler, as a datagram and as a stream's message: what comes back is an answer with
-// the same ID, or nothing.
+// FuzzQuestion gives any bytes to the handler, as a datagram and as a stream's message: what comes back is an answer
+// with the same ID, or nothing.
 func FuzzQuestion(f *testing.F) {
 	seedMessages(f)
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		if len(raw) > 65535 {
 			return
 		}
-		h := &Handler{Next: noHandler{t}}
+		h := &Handler{names: names{fixed: true}, Next: noHandler{t}}
 		h.names.max = 2
 		c := newClient()
 		c.send("10.0.0.53:53", raw)
@@ -78,7 +79,8 @@ func FuzzQuestion(f *testing.F) {
 	})
 }
 
-// FuzzAnswer has a resolver answer with any bytes, by datagram and then in a stream: the client gets an answer to what it asked.
+// FuzzAnswer has a resolver answer with any bytes, by datagram and then in a stream: the client gets an answer to
+// what it asked.
 func FuzzAnswer(f *testing.F) {
 	seedMessages(f)
 	f.Add(bytes.Repeat([]byte{0x80}, 4000))
@@ -86,7 +88,8 @@ func FuzzAnswer(f *testing.F) {
 		if len(raw) > 65535 {
 			return
 		}
-		h := &Handler{Next: noHandler{t}, Mode: Hijack, Router: proxy.Static{Dialer: garbling{raw}}, Resolver: proxy.UDP("192.0.2.53", 53)}
+		h := hijack(t, nil)
+		h.Router = proxy.Static{Dialer: garbling{raw}}
 		q := newQuestion("example.com.", dns.TypeTXT)
 		c := newClient()
 		c.send("10.0.0.53:53", mustPack(t, q))

@@ -23,7 +23,8 @@ type lane struct {
 	over  chan struct{}
 	once  sync.Once
 
-	dropped atomic.Int64
+	first   bool         // of the session
+	dropped atomic.Int64 // by the queue
 
 	mu    sync.Mutex
 	ports map[uint16]bool // of the name, that the client has sent to
@@ -51,6 +52,9 @@ func (s *session) lane(e relay.Endpoint) (*lane, error) {
 	}
 	l := &lane{s: s, flow: s.flow, fake: key, over: make(chan struct{})}
 	l.flow.Dst = proxy.UDP(e.Host(), e.Port)
+	if s.flow.Local == s.flow.Dst.Endpoint().AddrPort() { // an inbound that takes what is for others
+		l.flow.Local = e.AddrPort()
+	}
 	if key.IsValid() {
 		var ok bool
 		if l.name, ok = s.h.names.hold(key); !ok {
@@ -60,6 +64,7 @@ func (s *session) lane(e relay.Endpoint) (*lane, error) {
 		l.ports = make(map[uint16]bool)
 	}
 	s.lanes[key] = l
+	l.first = !s.pumping
 	if s.pumping {
 		l.queue = make(chan relay.Packet, laneQueue)
 		s.all.Go(l.run)
@@ -117,8 +122,15 @@ func (l *lane) put(p *relay.Packet) {
 	}
 }
 
-// Dropped returns how many datagrams the queue had no room for.
-func (l *lane) Dropped() int64 { return l.dropped.Load() }
+// Dropped returns how many datagrams there was no room for. What the client's conn has dropped counts for the first
+// lane.
+func (l *lane) Dropped() int64 {
+	n := l.dropped.Load()
+	if d, ok := l.s.conn.(interface{ Dropped() int64 }); ok && l.first {
+		n += d.Dropped()
+	}
+	return n
+}
 
 // ReadPacket implements relay.PacketConn: the client's next datagram for the lane, as to the name.
 func (l *lane) ReadPacket(p *relay.Packet) error {

@@ -251,7 +251,8 @@ func (l *link) receive(c messages) error {
 	}
 }
 
-// answer gives an answer to who waits for it. What nobody waits for, or is no answer to the question that has its ID, is dropped.
+// answer gives an answer to who waits for it. What nobody waits for, or is no answer to the question that has its ID,
+// is dropped.
 func (l *link) answer(msg []byte) {
 	if len(msg) < headerSize || msg[2]&0x80 == 0 {
 		return
@@ -301,7 +302,8 @@ func (c *packetMessages) send(msg []byte) error {
 	return c.WritePacket(&relay.Packet{Endpoint: c.to, Data: msg})
 }
 
-// receive drops what is not from the resolver, as far as that can be told: where it has a name, any address may be its.
+// receive drops what is not from the resolver, as far as that can be told: where it has a name, any address may be
+// its.
 func (c *packetMessages) receive() ([]byte, error) {
 	var p relay.Packet
 	defer p.Free()

@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"encoding/binary"
 	"errors"
+	"math/rand/v2"
 	"net/netip"
 	"sync"
 )
@@ -58,12 +59,17 @@ func numberOf(ip netip.Addr) int {
 
 // names knows which names have which numbers: each name one, and each number one name at most. Where there are too
 // many, the one that was used longest ago loses its number to the new one, unless it is held.
+//
+// The first number is random: an address that a program has kept from an earlier run is better one that is unknown
+// than one of another name.
 type names struct {
-	max int // 0: namesMax
+	max   int  // 0: namesMax
+	fixed bool // the first number is 0, for tests
 
 	mu     sync.Mutex
-	byName map[string]*entry
-	byNum  []*entry
+	byName map[string]*entry // nil before the first
+	byNum  map[int]*entry
+	start  int       // the first number
 	unheld list.List // of *entry, used last first
 }
 
@@ -85,16 +91,17 @@ func (n *names) number(name string) (int, error) {
 		return e.number, nil
 	}
 	if n.byName == nil {
-		n.byName = make(map[string]*entry)
+		n.byName, n.byNum = make(map[string]*entry), make(map[int]*entry)
+		if !n.fixed {
+			n.start = rand.IntN(namesMax)
+		}
 	}
 	limit := n.max
 	if limit == 0 {
 		limit = namesMax
 	}
-	e := &entry{name: name, number: len(n.byNum)}
-	if e.number < limit {
-		n.byNum = append(n.byNum, e)
-	} else {
+	e := &entry{name: name, number: (n.start + len(n.byNum)) % namesMax}
+	if len(n.byNum) >= limit {
 		oldest := n.unheld.Back()
 		if oldest == nil {
 			return 0, errNamesFull
@@ -102,9 +109,8 @@ func (n *names) number(name string) (int, error) {
 		old := n.unheld.Remove(oldest).(*entry)
 		delete(n.byName, old.name)
 		e.number = old.number
-		n.byNum[e.number] = e
 	}
-	n.byName[name] = e
+	n.byName[name], n.byNum[e.number] = e, e
 	e.place = n.unheld.PushFront(e)
 	return e.number, nil
 }
@@ -117,12 +123,11 @@ func (n *names) used(e *entry) {
 
 // find returns the entry of the name that ip stands for, or nil. The lock is held.
 func (n *names) find(ip netip.Addr) *entry {
-	i := numberOf(ip)
-	if i < 0 || i >= len(n.byNum) {
-		return nil
+	e := n.byNum[numberOf(ip)]
+	if e != nil {
+		n.used(e)
 	}
-	n.used(n.byNum[i])
-	return n.byNum[i]
+	return e
 }
 
 // lookup returns the name that ip stands for.

@@ -44,7 +44,8 @@ type session struct {
 	over    bool
 }
 
-// HandlePackets implements [proxy.Handler]. Each fake address that the client sends to is a session of its own for Next.
+// HandlePackets implements [proxy.Handler]. Each fake address that the client sends to is a session of its own for
+// Next.
 func (h *Handler) HandlePackets(ctx context.Context, f proxy.Flow, c relay.PacketConn) {
 	if h.Mode == Off {
 		h.Next.HandlePackets(ctx, f, c)

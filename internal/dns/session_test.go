@@ -22,7 +22,7 @@ import (
 
 func TestDatagramsToFakeAddressesGoToNames(t *testing.T) {
 	next := new(proxytest.RecordingHandler)
-	h := &Handler{Next: next}
+	h := &Handler{names: names{fixed: true}, Next: next}
 	ip := fakeOf(t, h, "Example.com")
 	c := newClient()
 	end := serve(t, h, c, ip.String()+":443")
@@ -62,7 +62,7 @@ func TestAnswersFromResolvedAddressesComeFromTheFakeOnes(t *testing.T) {
 		"b.example:500": endpoint("203.0.113.1:9999"), // somebody else, as hole punching has it
 		"192.0.2.2:443": endpoint("192.0.2.2:443"),
 	}}
-	h := &Handler{Next: next}
+	h := &Handler{names: names{fixed: true}, Next: next}
 	a, b := fakeOf(t, h, "a.example"), fakeOf(t, h, "b.example")
 	c := newClient()
 	defer serve(t, h, c, a.String()+":443")()
@@ -85,7 +85,7 @@ func TestOneSocketAsksAndSendsEverywhere(t *testing.T) {
 	for _, first := range []string{"10.0.0.53:53", "192.0.2.1:9", "a"} {
 		t.Run("first to "+first, func(t *testing.T) {
 			next := new(proxytest.RecordingHandler)
-			h := &Handler{Next: next}
+			h := &Handler{names: names{fixed: true}, Next: next}
 			a, b := fakeOf(t, h, "a.example").String()+":443", fakeOf(t, h, "b.example").String()+":443"
 			all := []string{"10.0.0.53:53", "192.0.2.1:9", a, b, "192.0.2.2:9"}
 			if first == "a" {
@@ -121,6 +121,10 @@ func TestOneSocketAsksAndSendsEverywhere(t *testing.T) {
 			var dsts []string
 			for _, f := range next.Flows() {
 				dsts = append(dsts, f.Dst.HostPort())
+				if name, ok := h.NameOf(f.Local.Addr()); f.Local.Port() != f.Dst.Port || ok && name != f.Dst.Host ||
+					!ok && f.Local.String() != f.Dst.HostPort() {
+					t.Errorf("a session to %v has the client send to %v", f.Dst, f.Local)
+				}
 			}
 			slices.Sort(dsts)
 			if want := []string{"192.0.2.1:9", "a.example:443", "b.example:443"}; !slices.Equal(dsts, want) {
@@ -131,7 +135,7 @@ func TestOneSocketAsksAndSendsEverywhere(t *testing.T) {
 }
 
 func TestDatagramToForgottenAddressIsRefused(t *testing.T) {
-	h := &Handler{Next: new(proxytest.RecordingHandler)}
+	h := &Handler{names: names{fixed: true}, Next: new(proxytest.RecordingHandler)}
 	for _, first := range []string{"198.18.9.9:443", "192.0.2.1:9", "10.0.0.53:53"} {
 		c := newClient()
 		end := serve(t, h, c, first)
@@ -146,7 +150,7 @@ func TestDatagramToForgottenAddressIsRefused(t *testing.T) {
 
 func TestRefusalsComeFromTheFakeAddress(t *testing.T) {
 	next := &proxytest.RecordingHandler{Err: syscall.ECONNREFUSED}
-	h := &Handler{Next: next}
+	h := &Handler{names: names{fixed: true}, Next: next}
 	to := fakeOf(t, h, "a.example").String() + ":443"
 	c := newClient()
 	defer serve(t, h, c, to)()
@@ -185,7 +189,7 @@ func TestSessionsEndInTime(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := &Handler{Next: &proxy.Engine{Router: proxy.Static{Dialer: new(packets)}}}
+				h := &Handler{names: names{fixed: true}, Next: &proxy.Engine{Router: proxy.Static{Dialer: new(packets)}}}
 				h.begin()
 				for _, name := range []string{"a.example", "b.example"} {
 					if _, err := h.names.number(name); err != nil {
@@ -215,7 +219,7 @@ func TestSessionsEndInTime(t *testing.T) {
 func TestContextEndsSessions(t *testing.T) {
 	for _, to := range []string{"10.0.0.53:53", "192.0.2.1:9", "198.18.0.16:443"} {
 		synctest.Test(t, func(t *testing.T) {
-			h := &Handler{Next: &proxy.Engine{Router: proxy.Static{Dialer: new(packets)}}}
+			h := &Handler{names: names{fixed: true}, Next: &proxy.Engine{Router: proxy.Static{Dialer: new(packets)}}}
 			h.begin()
 			h.names.number("a.example")
 			ctx, cancel := context.WithCancel(t.Context())
@@ -233,7 +237,7 @@ func TestContextEndsSessions(t *testing.T) {
 
 func TestAbortEndsQuestionsOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := &Handler{Next: &proxy.Engine{Router: proxy.Static{Dialer: new(packets)}}}
+		h := &Handler{names: names{fixed: true}, Next: &proxy.Engine{Router: proxy.Static{Dialer: new(packets)}}}
 		h.begin()
 		h.names.number("a.example")
 		query := mustPack(t, newQuestion("b.example.", dns.TypeA))
@@ -275,7 +279,7 @@ func TestSlowLaneHoldsUpNoOther(t *testing.T) {
 		}
 		new(proxytest.RecordingHandler).HandlePackets(t.Context(), f, c)
 	})
-	h := &Handler{Next: next}
+	h := &Handler{names: names{fixed: true}, Next: next}
 	slow, fast := fakeOf(t, h, "slow.example").String()+":9", fakeOf(t, h, "fast.example").String()+":9"
 	c := newClient()
 	end := serve(t, h, c, fast)
@@ -298,7 +302,7 @@ func TestSlowLaneHoldsUpNoOther(t *testing.T) {
 }
 
 func TestTooManyLanesAreRefused(t *testing.T) {
-	h := &Handler{Next: new(proxytest.RecordingHandler)}
+	h := &Handler{names: names{fixed: true}, Next: new(proxytest.RecordingHandler)}
 	h.begin()
 	for i := range lanesMax + 1 {
 		h.names.number(fmt.Sprintf("h%d.example", i))

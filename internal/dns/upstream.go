@@ -106,7 +106,8 @@ func (u *upstream) overTCP(ctx context.Context, f proxy.Flow, q *question) ([]by
 	return u.over(ctx, f, q, u.stream)
 }
 
-// tries is how often a question is asked whose link ends, as a server may end any at any time (RFC 7766 section 6.2.4).
+// tries is how often a question is asked whose link ends, as a server may end any at any time (RFC 7766 section
+// 6.2.4).
 const tries = 3
 
 // over asks by a link that choose returns.

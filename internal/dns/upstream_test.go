@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -137,8 +136,8 @@ func (r *resolver) reply(q *dns.Msg, network string) []byte {
 func addressed(q *dns.Msg, _ string) *dns.Msg {
 	m := new(dns.Msg).SetReply(q)
 	m.RecursionAvailable = true
-	m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 300},
-		A: net.IPv4(192, 0, 2, 1)}}
+	header := dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 300}
+	m.Answer = []dns.RR{&dns.A{Hdr: header, A: net.IPv4(192, 0, 2, 1)}}
 	return m
 }
 
@@ -165,7 +164,8 @@ func (r *resolver) dialed(network string) (n int) {
 }
 
 func hijack(t testing.TB, r *resolver) *Handler {
-	return &Handler{Next: noHandler{t}, Mode: Hijack, Router: r, Resolver: proxy.UDP("192.0.2.53", 53)}
+	return &Handler{names: names{fixed: true}, Next: noHandler{t}, Mode: Hijack, Router: r,
+		Resolver: proxy.UDP("192.0.2.53", 53)}
 }
 
 func TestHijackAsksTheResolver(t *testing.T) {
@@ -196,7 +196,8 @@ func TestFakeAsksTheResolverForTheRest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &resolver{answer: func(q *dns.Msg, _ string) *dns.Msg {
 			m := new(dns.Msg).SetReply(q)
-			m.Answer = []dns.RR{&dns.MX{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeMX, Class: dns.ClassINET}, Mx: "mail.example."}}
+			header := dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeMX, Class: dns.ClassINET}
+			m.Answer = []dns.RR{&dns.MX{Hdr: header, Mx: "mail.example."}}
 			return m
 		}}
 		h := hijack(t, r)
@@ -317,11 +318,12 @@ func TestSilentResolverIsAFailureInTime(t *testing.T) {
 func TestResolverThatCannotBeReached(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
-		r := &resolver{udpErr: fmt.Errorf("lab: %w", errors.ErrUnsupported), tcpErr: fmt.Errorf("lab: %w", syscall.ECONNREFUSED)}
+		r := &resolver{udpErr: errors.ErrUnsupported, tcpErr: fmt.Errorf("lab: %w", syscall.ECONNREFUSED)}
 		h := hijack(t, r)
 		h.Log = slog.New(slog.NewTextHandler(&log, nil))
 		start := time.Now()
-		if m := ask(t, h, newQuestion("example.com.", dns.TypeA)); m.Rcode != dns.RcodeServerFailure || time.Since(start) != 0 {
+		m := ask(t, h, newQuestion("example.com.", dns.TypeA))
+		if m.Rcode != dns.RcodeServerFailure || time.Since(start) != 0 {
 			t.Errorf("after %v: %v", time.Since(start), m)
 		}
 		if !strings.Contains(log.String(), "reason=refused") {
@@ -332,7 +334,7 @@ func TestResolverThatCannotBeReached(t *testing.T) {
 
 func TestNoResolverIsAFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := &Handler{Next: noHandler{t}, Mode: Hijack}
+		h := &Handler{names: names{fixed: true}, Next: noHandler{t}, Mode: Hijack}
 		if m := ask(t, h, newQuestion("example.com.", dns.TypeA)); m.Rcode != dns.RcodeServerFailure {
 			t.Errorf("answer: %v", m)
 		}
@@ -513,7 +515,8 @@ func TestUnreachableResolverFailsAtOnce(t *testing.T) {
 		h := hijack(t, nil)
 		h.Router = proxy.Static{Dialer: refusing{}}
 		start := time.Now()
-		if m := ask(t, h, newQuestion("example.com.", dns.TypeA)); m.Rcode != dns.RcodeServerFailure || time.Since(start) != 0 {
+		m := ask(t, h, newQuestion("example.com.", dns.TypeA))
+		if m.Rcode != dns.RcodeServerFailure || time.Since(start) != 0 {
 			t.Errorf("after %v: %v", time.Since(start), m)
 		}
 	})
@@ -658,7 +661,7 @@ func TestStreamEnds(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				p, in := streamTo(t, &Handler{Next: noHandler{t}})
+				p, in := streamTo(t, &Handler{names: names{fixed: true}, Next: noHandler{t}})
 				start := time.Now()
 				go p.ours.Write(tt.sends)
 				b, err := io.ReadAll(in)
@@ -676,7 +679,7 @@ func TestStreamEnds(t *testing.T) {
 
 func TestStreamStaysWhileItAsks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p, in := streamTo(t, &Handler{Next: noHandler{t}})
+		p, in := streamTo(t, &Handler{names: names{fixed: true}, Next: noHandler{t}})
 		for range 5 {
 			p.ours.Write(frame(mustPack(t, newQuestion("a.example.", dns.TypeA))))
 			if _, err := readMessage(in); err != nil {
@@ -691,7 +694,7 @@ func TestStreamStaysWhileItAsks(t *testing.T) {
 
 func TestStreamWhoseClientDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p, _ := streamTo(t, &Handler{Next: noHandler{t}})
+		p, _ := streamTo(t, &Handler{names: names{fixed: true}, Next: noHandler{t}})
 		start := time.Now()
 		for err := error(nil); err == nil; {
 			_, err = p.ours.Write(frame(mustPack(t, newQuestion("a.example.", dns.TypeA))))
@@ -709,8 +712,9 @@ func TestHeadOfAStreamIsRead(t *testing.T) {
 		p.head = frame(mustPack(t, newQuestion("a.example.", dns.TypeA)))
 		f := flowTo("10.0.0.53:53")
 		f.Dst.Network = "tcp"
-		go (&Handler{Next: noHandler{t}}).HandleStream(t.Context(), f, p)
-		if b, err := readMessage(bufio.NewReader(p.ours)); err != nil || binary.BigEndian.Uint16(b) != binary.BigEndian.Uint16(p.head[2:]) {
+		go (&Handler{names: names{fixed: true}, Next: noHandler{t}}).HandleStream(t.Context(), f, p)
+		b, err := readMessage(bufio.NewReader(p.ours))
+		if err != nil || !bytes.Equal(b[:2], p.head[2:4]) {
 			t.Errorf("got %x, %v", b, err)
 		}
 		p.ours.Close()
@@ -724,7 +728,8 @@ func TestStreamToPort53GoesToTheResolver(t *testing.T) {
 	h.Next = next
 	p, _ := streamTo(t, h)
 	p.talk(t, "anything")
-	if flows := next.Flows(); len(flows) != 1 || flows[0].Dst != proxy.TCP("192.0.2.53", 53) || flows[0].Client.Port() != 4000 {
+	flows := next.Flows()
+	if len(flows) != 1 || flows[0].Dst != proxy.TCP("192.0.2.53", 53) || flows[0].Client.Port() != 4000 {
 		t.Errorf("flows %+v", flows)
 	}
 }
