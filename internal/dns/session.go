@@ -56,20 +56,21 @@ func (h *Handler) HandlePackets(ctx context.Context, f proxy.Flow, c relay.Packe
 	s.asks, s.cancelAsks = context.WithCancel(ctx)
 	defer s.end()
 	defer context.AfterFunc(ctx, s.close)()
-	defer context.AfterFunc(h.ctx, s.closeIfDone)()
 	first := f.Dst.Endpoint()
+	run := s.pump
 	if isQuestion(first) {
 		s.pumping = true
 		s.keep()
-		s.pump()
-		return
+	} else {
+		l, err := s.lane(first)
+		if err != nil {
+			s.refuse(first, err)
+			return
+		}
+		run = l.run
 	}
-	l, err := s.lane(first)
-	if err != nil {
-		s.refuse(first, err)
-		return
-	}
-	l.run()
+	defer context.AfterFunc(h.ctx, s.closeIfDone)()
+	run()
 }
 
 // end waits for all of the session. Its client's conn is closed.

@@ -265,8 +265,16 @@ func TestAbortEndsQuestionsOnly(t *testing.T) {
 		if n := len(both.out); n != 3 {
 			t.Errorf("%d datagrams came, want two before the end and the name's after it", n)
 		}
-		sends.Close()
-		both.Close()
+		late := newClient()
+		late.send("198.18.0.16:443", query)
+		all.Go(func() { h.HandlePackets(t.Context(), flowTo("198.18.0.16:443"), late) })
+		synctest.Wait()
+		if len(late.out) != 1 {
+			t.Error("a session that came later was not carried")
+		}
+		for _, c := range []*client{sends, both, late} {
+			c.Close()
+		}
 		all.Wait()
 	})
 }
