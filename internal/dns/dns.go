@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -225,6 +226,13 @@ func (h *Handler) timeout() time.Duration {
 		return DefaultTimeout
 	}
 	return h.Timeout
+}
+
+// recovered is deferred by goroutines of this package: a panic costs one session, as one in an inbound's does.
+func (h *Handler) recovered() {
+	if v := recover(); v != nil {
+		h.log.Error("panic in a session of names", "panic", v, "stack", string(debug.Stack()))
+	}
 }
 
 // asksResolver says whether there is one to ask.

@@ -67,7 +67,7 @@ func (s *session) lane(e relay.Endpoint) (*lane, error) {
 	l.first = !s.pumping
 	if s.pumping {
 		l.queue = make(chan relay.Packet, laneQueue)
-		s.all.Go(l.run)
+		s.all.Go(func() { defer s.h.recovered(); l.run() })
 	}
 	return l, nil
 }
@@ -146,7 +146,7 @@ func (l *lane) ReadPacket(p *relay.Packet) error {
 			return net.ErrClosed
 		}
 		l.s.dispatch(p)
-		l.s.all.Go(l.s.pump)
+		l.s.all.Go(func() { defer l.s.h.recovered(); l.s.pump() })
 	}
 	select {
 	case <-l.over:

@@ -170,6 +170,8 @@ func (l *link) failOne(id uint16, err error) {
 func (l *link) run() {
 	defer close(l.done)
 	defer l.u.forget(l)
+	defer l.u.h.recovered()
+	defer l.end(errLinkOver) // after a panic
 	c, err := l.dial()
 	if err != nil {
 		l.end(err)

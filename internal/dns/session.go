@@ -185,12 +185,15 @@ func (s *session) question(p *relay.Packet) {
 	s.mu.Lock()
 	s.asking++
 	s.mu.Unlock()
-	s.all.Go(func() {
-		defer s.answered()
-		b := s.h.resolve(s.asks, s.flow, q, "udp")
-		s.h.leave()
-		s.reply(from, b)
-	})
+	s.all.Go(func() { s.resolve(from, q) })
+}
+
+// resolve has the resolver answer q, which has taken a slot.
+func (s *session) resolve(from relay.Endpoint, q *question) {
+	defer s.h.recovered()
+	defer s.answered()
+	defer s.h.leave()
+	s.reply(from, s.h.resolve(s.asks, s.flow, q, "udp"))
 }
 
 // answered ends a question that took time.

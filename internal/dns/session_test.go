@@ -330,3 +330,27 @@ type handlerFunc func(proxy.Flow, relay.PacketConn)
 
 func (handlerFunc) HandleStream(context.Context, proxy.Flow, proxy.Pending)             {}
 func (h handlerFunc) HandlePackets(_ context.Context, f proxy.Flow, c relay.PacketConn) { h(f, c) }
+
+func TestPanicInOneLaneEndsNoOther(t *testing.T) {
+	next := handlerFunc(func(f proxy.Flow, c relay.PacketConn) {
+		if f.Dst.Host == "bad.example" {
+			panic("broken")
+		}
+		new(proxytest.RecordingHandler).HandlePackets(t.Context(), f, c)
+	})
+	h := &Handler{names: names{fixed: true}, Next: next}
+	good, bad := fakeOf(t, h, "good.example").String()+":9", fakeOf(t, h, "bad.example").String()+":9"
+	c := newClient()
+	end := serve(t, h, c, good)
+	for range 3 {
+		c.send(good, nil)
+		c.send(bad, nil)
+		if got := c.next(t); got.Endpoint != endpoint(good) {
+			t.Errorf("got one from %v", got.Endpoint)
+		}
+	}
+	end()
+	if e := h.names.byName["bad.example"]; e.holds != 0 {
+		t.Errorf("the name is held %d times after the end", e.holds)
+	}
+}

@@ -93,11 +93,12 @@ func (s *stream) read(ctx context.Context, r *bufio.Reader) error {
 // resolve has the resolver answer q, when it is q's turn.
 func (s *stream) resolve(ctx context.Context, q *question) {
 	var answer []byte
+	defer s.h.recovered()
+	defer func() { s.answers <- answer }()
 	if s.h.enter(ctx, true) {
+		defer s.h.leave()
 		answer = s.h.resolve(ctx, s.flow, q, "tcp")
-		s.h.leave()
 	}
-	s.answers <- answer
 }
 
 // write sends the answers. Where that fails the client is gone, as read will find.

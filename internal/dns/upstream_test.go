@@ -614,3 +614,23 @@ func TestClientThatLeavesWaitsForNothing(t *testing.T) {
 		}
 	})
 }
+
+// broken is a way out that panics.
+type broken struct{}
+
+func (broken) DialStream(context.Context, proxy.Addr) (net.Conn, error) { panic("broken") }
+
+func TestPanicOfAWayOutIsAFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		h := hijack(t, nil)
+		h.Router = proxy.Static{Dialer: broken{}}
+		h.Log = slog.New(slog.NewTextHandler(&log, nil))
+		if m := ask(t, h, newQuestion("example.com.", dns.TypeA)); m.Rcode != dns.RcodeServerFailure {
+			t.Errorf("answer: %v", m)
+		}
+		if !strings.Contains(log.String(), "panic=broken") {
+			t.Errorf("log:\n%s", &log)
+		}
+	})
+}
