@@ -37,7 +37,7 @@
 //
 // The processes of a relay share one port by SO_REUSEPORT, each with an origin of its own; the clients have addresses of their own,
 // so that ports suffice. The relays are opened 32 at a time, and "to open" is from connect to the first answer. They are left alone for
-// three times -time, and watched for five times -time; then every one of them has to answer, 32 at a time, and 1 000 of them
+// three times -time, and watched for 25 times -time; then every one of them has to answer, 32 at a time, and 1 000 of them
 // one at a time. Softirq time is that of the whole machine. Kernel memory is the growth of Slab in /proc/meminfo and of the TCP queues in
 // /proc/net/sockstat, divided by the relays held: four sockets each, because both ends are on this machine. The projection to a
 // million is arithmetic with these figures, no more.

@@ -54,9 +54,9 @@ func (c *client) reply(q ask) answer {
 	case "burst":
 		err = c.burst()
 	case "answer":
-		rtts, err = c.answerIdle(0)
+		rtts = c.answerIdle(0)
 	case "sample":
-		rtts, err = c.answerIdle(q.Load.Conns)
+		rtts = c.answerIdle(q.Load.Conns)
 	case "stop":
 		return c.stop()
 	}
