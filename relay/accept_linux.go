@@ -45,7 +45,7 @@ func (l *socketListener) acceptFrom(fd int) (*Socket, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Socket{fd: nfd, tcp: l.tcp, local: l.local, peer: addrPortOf(sa)}, nil
+	return &Socket{fd: nfd, tcp: l.tcp, keepalive: l.tcp, local: l.local, peer: addrPortOf(sa)}, nil
 }
 
 func (l *socketListener) failed(err error) error {
@@ -85,7 +85,6 @@ func SocketListener(ln net.Listener) (net.Listener, error) {
 	if l.tcp {
 		l.raw.Control(func(fd uintptr) { // inherited by the sockets accepted
 			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-			setKeepAlive(int(fd))
 		})
 	}
 	return l, nil

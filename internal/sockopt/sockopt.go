@@ -5,15 +5,19 @@ package sockopt
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"syscall"
 	"time"
 )
 
-// KeepAlive returns the keepalive settings of all TCP conns, those to clients and those to origins: a machine that
-// vanished is noticed within a minute or so.
+// KeepAlive returns the keepalive settings of TCP conns, those to clients and those to origins: a machine that
+// vanished is noticed within a minute or so. It asks early and often rather than late and thrice: where thousands of conns are
+// asked after at once, most of the probes may be lost in a queue. The settings differ from call to call, for the same reason.
 func KeepAlive() net.KeepAliveConfig {
-	return net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 15 * time.Second, Count: 3}
+	return net.KeepAliveConfig{
+		Enable: true, Idle: time.Duration(10+rand.IntN(6)) * time.Second, Interval: time.Duration(4+rand.IntN(3)) * time.Second, Count: 9,
+	}
 }
 
 // Control sets an option of the socket c, which is for network and address.
