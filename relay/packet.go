@@ -61,6 +61,12 @@ type Refuser interface {
 	Refuse(e Endpoint, err error)
 }
 
+// Dropper is a PacketConn that keeps what has come until it is read, and drops what it has no room for.
+type Dropper interface {
+	// Dropped returns how many datagrams it has dropped.
+	Dropped() int64
+}
+
 // UnreachableError says that datagrams to a place do not arrive, as far as an ICMP message tells. Others still may.
 type UnreachableError struct {
 	To  Endpoint // the zero Endpoint where that is not known
@@ -107,6 +113,14 @@ func (p *Packet) Grow(n int) []byte {
 		p.Data = p.large[:n]
 	}
 	return p.Data
+}
+
+// PacketMemory returns how much memory a packet has that was grown to n bytes.
+func PacketMemory(n int) int64 {
+	if n <= packetSmall {
+		return packetSmall
+	}
+	return packetLarge
 }
 
 // Free gives p's memory back; Data is nil then. It may be called twice.

@@ -30,7 +30,8 @@ func (s *PacketStats) Bytes() (aToB, bToA int64) { return s.bytes[A].Load(), s.b
 // Packets returns the datagrams passed on so far from each side.
 func (s *PacketStats) Packets() (aToB, bToA int64) { return s.packets[A].Load(), s.packets[B].Load() }
 
-// Dropped returns the datagrams from each side that were read and could not be passed on.
+// Dropped returns the datagrams from each side that could not be passed on. Those that a [Dropper] has not even
+// kept are added at the end.
 func (s *PacketStats) Dropped() (aToB, bToA int64) { return s.dropped[A].Load(), s.dropped[B].Load() }
 
 // PacketResult says what became of a relay of datagrams.
@@ -61,6 +62,11 @@ func (r *Relay) JoinPackets(ctx context.Context, client, origin PacketConn, st *
 	pumps.Wait()
 	stop()
 	p.timer.Stop()
+	for s, c := range p.conns {
+		if d, ok := c.(Dropper); ok {
+			st.dropped[s].Add(d.Dropped())
+		}
+	}
 	return PacketResult{Err: p.err, End: p.how, First: p.first, Duration: time.Since(p.start)}
 }
 
