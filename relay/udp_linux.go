@@ -50,27 +50,39 @@ func (c *UDPConn) ReadPacket(p *Packet) error {
 
 // tryReceive receives a datagram or an error, and returns false if there is neither.
 func (r *udpReader) tryReceive(fd uintptr) bool {
-	b := r.into.Grow(packetLarge)
-	n, errno := recvfrom(fd, b, &r.from)
-	if errno == 0 {
-		r.into.Data, r.into.Endpoint = b[:n], sockaddrEndpoint(&r.from)
+	for {
+		b := r.into.Grow(packetLarge)
+		n, errno := recvfrom(fd, b, &r.from)
+		if errno == 0 {
+			r.into.Data, r.into.Endpoint = b[:n], sockaddrEndpoint(&r.from)
+			return true
+		}
+		r.into.Free()
+		switch {
+		case errno == unix.EAGAIN && (r.waited || r.conn.failed.Load() && r.conn.failed.Swap(false)):
+			// A write may have taken the error that we were woken for; what it was about is still in the queue.
+			r.waited = true
+			return r.queuedError(fd)
+		case errno == unix.EAGAIN:
+			r.waited = true
+			return false
+		case !isHeard(errno):
+			r.err = errno
+			return true
+		case r.queuedError(fd):
+			return true
+		} // or else it was told before: the kernel queues an error first, and then sets it
+	}
+}
+
+// isHeard says whether errno can be what an ICMP message has said. Such an error is there once.
+func isHeard(errno syscall.Errno) bool {
+	switch errno {
+	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.ENONET, unix.EACCES, unix.EPROTO,
+		unix.ENOPROTOOPT, unix.EOPNOTSUPP, unix.EMSGSIZE:
 		return true
 	}
-	r.into.Free()
-	switch {
-	case errno != unix.EAGAIN:
-		if !r.queuedError(fd) {
-			r.err = &UnreachableError{To: r.conn.peer, Err: errno}
-		}
-	case r.conn.failed.Load() && r.conn.failed.Swap(false) || r.waited:
-		// A write may have taken the error that we were woken for; what it was about is still in the queue.
-		r.waited = true
-		return r.queuedError(fd)
-	default:
-		r.waited = true
-		return false
-	}
-	return true
+	return false
 }
 
 // queuedError takes the first error out of the kernel's queue that an ICMP message has brought, and returns false if there is none.
