@@ -3,6 +3,7 @@ package inbound
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -153,7 +154,7 @@ func (d *demux) over() bool {
 	d.conn.SetReadDeadline(time.Now().Add(sweepTime))
 	for _, s := range d.sessions {
 		if s.silence() >= quietTime {
-			s.evict()
+			s.evict(proxy.ErrStopped)
 		}
 	}
 	return len(d.sessions) == 0
@@ -200,7 +201,7 @@ func (d *demux) admit(key sessionKey, local netip.AddrPort) *datagramSession {
 	if most := d.most(); d.live >= most {
 		// Who was never answered may be nobody: give its place to the next that asks. The handler needs a moment to end.
 		if s := d.unanswered.first; s != nil && d.live == len(d.sessions) && time.Since(s.start) >= answerWait {
-			s.evict()
+			s.evict(errEvicted)
 		}
 		if d.full.begins() {
 			d.log().Warn("new clients are not served: as many sessions as there may be", "max-conns", most)
@@ -257,7 +258,7 @@ type datagramSession struct {
 	queue   datagramQueue
 	dropped int64
 	closed  bool
-	cancel  context.CancelFunc // of the handler's context; nil before it runs
+	cancel  context.CancelCauseFunc // of the handler's context; nil before it runs
 }
 
 var (
@@ -269,15 +270,15 @@ var (
 // run is the session's goroutine. A panic there costs this session only.
 func (s *datagramSession) run(ctx context.Context, h proxy.Handler, f proxy.Flow) {
 	d := s.demux
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithCancelCause(ctx)
 	defer d.all.Done()
 	defer s.ended()
-	defer cancel()
+	defer cancel(nil)
 	defer s.recovered()
 	s.mu.Lock()
 	s.cancel = cancel
 	if s.closed {
-		cancel()
+		cancel(net.ErrClosed)
 	}
 	s.mu.Unlock()
 	h.HandlePackets(ctx, f, s)
@@ -368,16 +369,20 @@ func (s *datagramSession) close() {
 	s.ready.Broadcast()
 }
 
-// evict ends a session whatever it is at. The demux is locked.
-func (s *datagramSession) evict() {
+// evict ends a session whatever it is at, and also where it still waits for its way out. The demux is locked.
+func (s *datagramSession) evict(cause error) {
+	s.mu.Lock()
+	cancel := s.cancel
+	s.mu.Unlock()
+	if cancel != nil {
+		cancel(cause)
+	}
 	s.close()
 	s.demux.removeLocked(s)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.cancel != nil {
-		s.cancel()
-	}
 }
+
+// errEvicted is why a session ended that nobody had answered.
+var errEvicted = fmt.Errorf("inbound: never answered, and its place was needed: %w", net.ErrClosed)
 
 func (s *datagramSession) touch() { s.moved.Store(int64(time.Since(s.start))) }
 
