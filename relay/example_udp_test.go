@@ -31,7 +31,9 @@ func ExampleRelay_JoinPackets() {
 	ctx, cancel := context.WithCancel(context.Background())
 	over := make(chan relay.PacketResult)
 	var stats relay.PacketStats
-	go func() { over <- new(relay.Relay).JoinPackets(ctx, relay.NewUDPConn(near), relay.NewUDPConn(far), &stats) }()
+	go func() {
+		over <- new(relay.Relay).JoinPackets(ctx, relay.NewUDPConn(near), relay.NewUDPConn(far), &stats)
+	}()
 
 	client.WriteTo([]byte("question"), at)
 	b := make([]byte, 100)

@@ -55,6 +55,19 @@ type PacketConn interface {
 	Close() error
 }
 
+// BatchReader is a PacketConn that often has more than one datagram.
+type BatchReader interface {
+	// ReadMore is ReadPacket for those that are there already: it fills ps as far as they go, and returns how many they were. It
+	// does not wait, and leaves errors to ReadPacket.
+	ReadMore(ps []Packet) int
+}
+
+// BatchWriter is a PacketConn that several datagrams cost less than each by itself.
+type BatchWriter interface {
+	// WritePackets is WritePacket for each of ps in turn, up to the first error: that is about ps[n].
+	WritePackets(ps []Packet) (n int, err error)
+}
+
 // Refuser is a PacketConn of a client that can be told that a datagram of its could not be delivered, as by ICMP.
 type Refuser interface {
 	// Refuse says so of datagrams to e. It does not block.

@@ -17,9 +17,15 @@ type UDPConn struct {
 	peer   Endpoint // of a connected socket
 	failed atomic.Bool
 	reader udpReader
+
+	segments Segmenter // of the writer alone
 }
 
-var _ PacketConn = (*UDPConn)(nil)
+var (
+	_ PacketConn  = (*UDPConn)(nil)
+	_ BatchReader = (*UDPConn)(nil)
+	_ BatchWriter = (*UDPConn)(nil)
+)
 
 // NewUDPConn returns a PacketConn over c, which it closes, and which nobody else may read any more.
 func NewUDPConn(c *net.UDPConn) *UDPConn {
@@ -65,4 +71,26 @@ func (c *UDPConn) send(p *Packet) (err error) {
 		_, err = c.conn.WriteToUDPAddrPort(p.Data, p.Endpoint.AddrPort())
 	}
 	return err
+}
+
+// WritePackets implements BatchWriter.
+func (c *UDPConn) WritePackets(ps []Packet) (n int, err error) {
+	if c.peer.Port == 0 {
+		if n = c.sendBatch(ps); n > 0 {
+			return n, nil
+		}
+	}
+	if err := c.WritePacket(&ps[0]); err != nil {
+		return 0, err
+	}
+	return 1, nil
+}
+
+// sendBatch sends the first of ps at once, where that can be; it returns how many.
+func (c *UDPConn) sendBatch(ps []Packet) int {
+	n := SameSegments(ps)
+	if n < 2 || !ps[0].Endpoint.IP.IsValid() || !c.segments.WriteSegments(c.conn, ps[:n], ps[0].Endpoint.AddrPort(), nil) {
+		return 0
+	}
+	return n
 }

@@ -85,6 +85,29 @@ func isHeard(errno syscall.Errno) bool {
 	return false
 }
 
+// ReadMore implements BatchReader. It looks only where ReadPacket has not waited: then there is often more.
+func (c *UDPConn) ReadMore(ps []Packet) (n int) {
+	r := &c.reader
+	if r.waited || r.raw == nil {
+		return 0
+	}
+	large := largePackets.Get().(*[packetLarge]byte)
+	defer largePackets.Put(large)
+	r.raw.Read(func(fd uintptr) bool {
+		for ; n < len(ps); n++ {
+			size, errno := recvfrom(fd, large[:], &r.from)
+			if errno != 0 {
+				c.failed.Store(errno != unix.EAGAIN || c.failed.Load()) // ReadPacket finds it in the queue
+				break
+			}
+			copy(ps[n].Grow(size), large[:size])
+			ps[n].Endpoint = sockaddrEndpoint(&r.from)
+		}
+		return true
+	})
+	return n
+}
+
 // queuedError takes the first error out of the kernel's queue that an ICMP message has brought, and returns false if there is none.
 func (r *udpReader) queuedError(fd uintptr) bool {
 	oob := make([]byte, 512)

@@ -25,3 +25,6 @@ func (c *UDPConn) ReadPacket(p *Packet) error {
 	p.Data, p.Endpoint = b[:n], EndpointOf(from)
 	return nil
 }
+
+// ReadMore implements BatchReader: there is never more.
+func (c *UDPConn) ReadMore([]Packet) int { return 0 }

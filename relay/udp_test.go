@@ -188,3 +188,76 @@ func TestUDPConnDoesNotAllocate(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+// Datagrams that come at once go out at once, and arrive each as it was, in their order.
+func TestUDPConnBatches(t *testing.T) {
+	for _, host := range []string{"127.0.0.1:0", "[::1]:0"} {
+		from, to := listenUDP(t, "udp", host), listenUDP(t, "udp", host)
+		e := EndpointOf(to.LocalAddr())
+		var ps []Packet
+		for i, size := range []int{100, 100, 100, 40, 100, 1400, 1400, 1400, 1401, 0, 0, 7, 30_000, 30_000, 30_000} {
+			data := bytes.Repeat([]byte{byte(i)}, size)
+			ps = append(ps, Packet{Endpoint: e, Data: data})
+		}
+		for rest := ps; len(rest) > 0; {
+			n, err := from.WritePackets(rest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			rest = rest[n:]
+		}
+		var got []Packet
+		for len(got) < len(ps) {
+			batch := make([]Packet, 8)
+			if err := to.ReadPacket(&batch[0]); err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, batch[:1+to.ReadMore(batch[1:])]...)
+		}
+		for i := range ps {
+			if !bytes.Equal(got[i].Data, ps[i].Data) || got[i].Endpoint != EndpointOf(from.LocalAddr()) {
+				t.Errorf("%d: %d bytes from %v, want %d", i, len(got[i].Data), got[i].Endpoint, len(ps[i].Data))
+			}
+		}
+	}
+}
+
+func TestSameSegments(t *testing.T) {
+	e, other := endpoint("192.0.2.1:1"), endpoint("192.0.2.1:2")
+	packets := func(e Endpoint, sizes ...int) (ps []Packet) {
+		for _, n := range sizes {
+			ps = append(ps, Packet{Endpoint: e, Data: make([]byte, n)})
+		}
+		return ps
+	}
+	for _, tt := range []struct {
+		ps   []Packet
+		want int
+	}{
+		{packets(e, 100), 1},
+		{packets(e, 100, 100, 100), 3},
+		{packets(e, 100, 100, 50, 50), 3}, // a shorter one is the last
+		{packets(e, 100, 101), 1},
+		{packets(e, 100, 0), 1},
+		{packets(e, 0, 0), 1},
+		{append(packets(e, 100), packets(other, 100)...), 1},
+		{packets(e, make([]int, 200)...), 1},
+		{packets(e, 40_000, 40_000), 1},
+	} {
+		if got := SameSegments(tt.ps); got != tt.want {
+			t.Errorf("%d datagrams of %d: %d, want %d", len(tt.ps), len(tt.ps[0].Data), got, tt.want)
+		}
+	}
+	if n := SameSegments(make([]Packet, 1)); n != 1 {
+		t.Error(n)
+	}
+	many := packets(e, func() (s []int) {
+		for range 100 {
+			s = append(s, 10)
+		}
+		return s
+	}()...)
+	if n := SameSegments(many); n != segmentsMax {
+		t.Errorf("%d of 100", n)
+	}
+}

@@ -265,6 +265,9 @@ var (
 	_ relay.PacketConn = (*datagramSession)(nil)
 	_ relay.Refuser    = (*datagramSession)(nil)
 	_ relay.Dropper    = (*datagramSession)(nil)
+
+	_ relay.BatchReader = (*datagramSession)(nil)
+	_ relay.BatchWriter = (*datagramSession)(nil)
 )
 
 // run is the session's goroutine. A panic there costs this session only.
@@ -325,11 +328,42 @@ func (s *datagramSession) ReadPacket(p *relay.Packet) error {
 	return nil
 }
 
+// ReadMore implements relay.BatchReader.
+func (s *datagramSession) ReadMore(ps []relay.Packet) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for ; n < len(ps) && !s.queue.empty(); n++ {
+		ps[n] = s.queue.pop(&s.demux.held)
+	}
+	return n
+}
+
 // WritePacket implements relay.PacketConn: it sends to the client.
 func (s *datagramSession) WritePacket(p *relay.Packet) error {
 	if err := s.answerer.WritePacket(p); err != nil {
 		return err
 	}
+	s.hasAnswer()
+	return nil
+}
+
+// WritePackets implements relay.BatchWriter.
+func (s *datagramSession) WritePackets(ps []relay.Packet) (n int, err error) {
+	w, ok := s.answerer.(relay.BatchWriter)
+	if !ok {
+		if err := s.WritePacket(&ps[0]); err != nil {
+			return 0, err
+		}
+		return 1, nil
+	}
+	if n, err = w.WritePackets(ps); n > 0 {
+		s.hasAnswer()
+	}
+	return n, err
+}
+
+// hasAnswer is called when the client was sent something.
+func (s *datagramSession) hasAnswer() {
 	s.touch()
 	if !s.answered.Load() {
 		s.demux.mu.Lock()
@@ -337,7 +371,6 @@ func (s *datagramSession) WritePacket(p *relay.Packet) error {
 		s.answered.Store(true)
 		s.demux.unanswered.remove(s)
 	}
-	return nil
 }
 
 // Refuse implements relay.Refuser, where there is a way to tell this client.

@@ -53,16 +53,33 @@ type forwardAnswerer struct {
 	client, local netip.AddrPort
 	oob           []byte         // to send from that address; nil: the socket has no other
 	from          relay.Endpoint // whose datagrams the client waits for
+	segments      relay.Segmenter
 }
 
 // WritePacket implements answerer. The client cannot see where a datagram comes from, so those of strangers are dropped: by
 // their address, or by their port alone where the destination is a name that somebody else resolves.
 func (a *forwardAnswerer) WritePacket(p *relay.Packet) error {
-	if p.Endpoint.Port != a.from.Port || a.from.IP.IsValid() && p.Endpoint.IP != a.from.IP {
+	if !a.isAwaited(p.Endpoint) {
 		return errStranger
 	}
 	_, _, err := a.conn.WriteMsgUDPAddrPort(p.Data, a.oob, a.client)
 	return err
+}
+
+// WritePackets implements relay.BatchWriter.
+func (a *forwardAnswerer) WritePackets(ps []relay.Packet) (n int, err error) {
+	n = relay.SameSegments(ps)
+	if n > 1 && a.isAwaited(ps[0].Endpoint) && a.segments.WriteSegments(a.conn, ps[:n], a.client, a.oob) {
+		return n, nil
+	}
+	if err := a.WritePacket(&ps[0]); err != nil {
+		return 0, err
+	}
+	return 1, nil
+}
+
+func (a *forwardAnswerer) isAwaited(e relay.Endpoint) bool {
+	return e.Port == a.from.Port && (!a.from.IP.IsValid() || e.IP == a.from.IP)
 }
 
 // Refuse implements relay.Refuser.

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/proxytest"
 	"github.com/sluice-proxy/sluice/relay"
@@ -421,4 +422,28 @@ func heapInUse() int64 {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapInuse + m.StackInuse)
+}
+
+// Datagrams that come in bursts are passed on in batches, and arrive each as it was, in their order, both ways.
+func TestForwardDatagramsInBursts(t *testing.T) {
+	for _, listen := range []string{"127.0.0.1:0", "0.0.0.0:0"} {
+		echo := proxytest.EchoPackets(t, "127.0.0.1")
+		engine := &proxy.Engine{Router: proxy.Static{Name: "direct", Dialer: new(outbound.Direct)}}
+		a := startInbound(t, udpForward(listen, echo.HostPort()), engine).(*net.UDPAddr)
+		c := dialUDP(t, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: a.Port})
+		got := make([]byte, 1<<16)
+		for round := range 20 {
+			var sent [][]byte
+			for i := range 40 {
+				data := bytes.Repeat([]byte{byte(i)}, 1+(i/8)*300) // some of one size, and then others
+				sent = append(sent, data)
+				c.Write(data)
+			}
+			for i, want := range sent {
+				if n, err := c.Read(got); err != nil || !bytes.Equal(got[:n], want) {
+					t.Fatalf("%s: round %d, datagram %d of %d bytes: got %d, %v", listen, round, i, len(want), n, err)
+				}
+			}
+		}
+	}
 }

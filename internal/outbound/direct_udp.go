@@ -57,7 +57,7 @@ func (d *Direct) DialPackets(ctx context.Context, dst proxy.Addr) (relay.PacketC
 	if !dst.IP().IsValid() {
 		if _, err := c.resolve(ctx, dst.Host); err != nil {
 			c.Close()
-			return nil, fmt.Errorf("outbound: direct: %v: %w", dst, err)
+			return nil, ofOrigin(fmt.Errorf("outbound: direct: %v: %w", dst, err))
 		}
 	}
 	return c, nil
@@ -93,6 +93,18 @@ func (c *directPackets) WritePacket(p *relay.Packet) error {
 	}
 	q := relay.Packet{Endpoint: relay.Endpoint{IP: ip, Port: p.Endpoint.Port}, Data: p.Data}
 	return c.explain(c.UDPConn.WritePacket(&q))
+}
+
+// WritePackets implements relay.BatchWriter.
+func (c *directPackets) WritePackets(ps []relay.Packet) (n int, err error) {
+	if ps[0].Endpoint.IP.IsValid() { // the way of all that are sent at once
+		n, err = c.UDPConn.WritePackets(ps)
+		return n, c.explain(err)
+	}
+	if err := c.WritePacket(&ps[0]); err != nil {
+		return 0, err
+	}
+	return 1, nil
 }
 
 func (c *directPackets) explain(err error) error {
