@@ -50,7 +50,7 @@ type demux struct {
 
 	// local says to which address a datagram with these control messages was sent.
 	local func(oob []byte) netip.AddrPort
-	// dst says where a datagram that was sent to local is to go.
+	// dst says where a datagram that was sent to local is to go. One that is to go to the zero Endpoint is dropped.
 	dst func(local netip.AddrPort) relay.Endpoint
 	// perLocal: a client that sends to several of our addresses has a session for each.
 	perLocal bool
@@ -164,6 +164,11 @@ func (d *demux) log() *slog.Logger { return d.l.s.log }
 
 // take gives one datagram to its session. It does not block.
 func (d *demux) take(ctx context.Context, h proxy.Handler, client, local netip.AddrPort, data []byte) {
+	to := d.dst(local)
+	if to == (relay.Endpoint{}) {
+		d.refused.Add(1)
+		return
+	}
 	key := sessionKey{client: client}
 	if d.perLocal {
 		key.local = local
@@ -171,7 +176,6 @@ func (d *demux) take(ctx context.Context, h proxy.Handler, client, local netip.A
 	d.mu.Lock()
 	s := d.sessions[key]
 	d.mu.Unlock()
-	to := d.dst(local)
 	if s == nil {
 		if s = d.admit(key, local); s == nil {
 			d.refused.Add(1)
