@@ -64,11 +64,13 @@ type demux struct {
 	serving    bool
 	draining   bool
 
-	all             sync.WaitGroup
-	held            atomic.Int64 // memory of the datagrams in queues
-	refused         atomic.Int64 // datagrams of clients for whom there was no session
-	full, forbidden episode      // of the loop alone, as is failing
-	failing         episode
+	all     sync.WaitGroup
+	held    atomic.Int64 // memory of the datagrams in queues
+	refused atomic.Int64 // datagrams of clients for whom there was no session
+
+	// Of the loop alone: when there was last trouble, and who is to be woken.
+	full, forbidden, failing episode
+	woken                    []*datagramSession
 }
 
 // An answerer sends to one client what comes from p.Endpoint. One goroutine at a time calls its methods.
@@ -109,21 +111,27 @@ func (d *demux) serve(ctx context.Context, h proxy.Handler) error {
 	defer d.conn.Close()
 	stop := context.AfterFunc(ctx, func() { d.Close() })
 	defer stop()
-	d.read(ctx, h)
+	r, err := newBatchReader(d.conn)
+	if err != nil { // it is closed
+		return nil
+	}
+	d.read(ctx, h, r)
 	d.all.Wait()
 	return nil
 }
 
 // read is the loop. It outlasts all errors.
-func (d *demux) read(ctx context.Context, h proxy.Handler) {
-	buf, oob := make([]byte, 64<<10), make([]byte, 256)
+func (d *demux) read(ctx context.Context, h proxy.Handler, r *batchReader) {
 	var pause time.Duration
 	for {
-		n, oobn, _, from, err := d.conn.ReadMsgUDPAddrPort(buf, oob)
+		n, err := r.read()
 		if err == nil {
 			pause = 0
-			from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-			d.take(ctx, h, from, d.local(oob[:oobn]), buf[:n])
+			for i := range n {
+				data, oob, client := r.datagram(i)
+				d.take(ctx, h, client, d.local(oob), data)
+			}
+			d.wake()
 			continue
 		}
 		if d.over() {
@@ -187,6 +195,18 @@ func (d *demux) take(ctx context.Context, h proxy.Handler, client, local netip.A
 		return
 	}
 	s.push(to, data)
+	if n := len(d.woken); n == 0 || d.woken[n-1] != s {
+		d.woken = append(d.woken, s)
+	}
+}
+
+// wake wakes the sessions that were given datagrams: once for all that came together.
+func (d *demux) wake() {
+	for i, s := range d.woken {
+		s.ready.Signal()
+		d.woken[i] = nil
+	}
+	d.woken = d.woken[:0]
 }
 
 // admit makes a session for a new client; nil if it is not let in.
@@ -306,7 +326,7 @@ func (s *datagramSession) ended() {
 	s.demux.live--
 }
 
-// push leaves a datagram in the queue, or drops it where that is full.
+// push leaves a datagram in the queue, or drops it where that is full. Who waits for it is still to be woken.
 func (s *datagramSession) push(to relay.Endpoint, data []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -315,7 +335,6 @@ func (s *datagramSession) push(to relay.Endpoint, data []byte) {
 		return
 	}
 	s.touch()
-	s.ready.Signal()
 }
 
 // ReadPacket implements relay.PacketConn: it returns what the client has sent.
