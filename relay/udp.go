@@ -10,8 +10,10 @@ import (
 )
 
 // UDPConn is a [PacketConn] over a UDP socket. An unconnected socket exchanges datagrams with any place; a connected one
-// only with its peer, whatever the packets' endpoints say. While it waits for a datagram it holds no memory for one, on Linux. There an ICMP error about
-// a datagram of its own comes back from ReadPacket, as an [*UnreachableError] that names the place.
+// only with its peer, whatever the packets' endpoints say.
+//
+// On Linux it holds no memory for a datagram while it waits for one, and an ICMP error about a datagram of its own comes
+// back from ReadPacket, as an [*UnreachableError] that names the place.
 type UDPConn struct {
 	conn   *net.UDPConn
 	peer   Endpoint // of a connected socket

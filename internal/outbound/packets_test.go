@@ -311,7 +311,8 @@ func TestDirectBind(t *testing.T) {
 		t.Errorf("after its context: %v", err)
 	}
 	ln.Close()
-	if _, err := (&Direct{Resolver: proxytest.NoNames(t)}).Bind(t.Context(), proxy.TCP("nosuch.example", 20)); proxy.ReasonOf(err) != proxy.NoHost {
+	noNames := &Direct{Resolver: proxytest.NoNames(t)}
+	if _, err := noNames.Bind(t.Context(), proxy.TCP("nosuch.example", 20)); proxy.ReasonOf(err) != proxy.NoHost {
 		t.Errorf("unknown host: %v", err)
 	}
 }

@@ -18,7 +18,8 @@ func TestDatagram(t *testing.T) {
 	}{
 		{"IPv4", "\x00\x00\x00\x01\x7f\x00\x00\x01\x00\x35data", Place{IP: ip("127.0.0.1"), Port: 53}, nil},
 		{"IPv6", "\x00\x00\x00\x04" + strings.Repeat("\x00", 15) + "\x01\x01\xbbdata", Place{IP: ip("::1"), Port: 443}, nil},
-		{"mapped", "\x00\x00\x00\x04" + strings.Repeat("\x00", 10) + "\xff\xff\x7f\x00\x00\x01\x00\x35data", Place{IP: ip("127.0.0.1"), Port: 53}, nil},
+		{"mapped", "\x00\x00\x00\x04" + strings.Repeat("\x00", 10) + "\xff\xff\x7f\x00\x00\x01\x00\x35data",
+			Place{IP: ip("127.0.0.1"), Port: 53}, nil},
 		{"name", "\x00\x00\x00\x03\x0bexample.com\x00\x35data", Place{Name: "example.com", Port: 53}, nil},
 		{"address as a name", "\x00\x00\x00\x03\x09127.0.0.1\x00\x35data", Place{IP: ip("127.0.0.1"), Port: 53}, nil},
 		{"reserved bytes", "\x12\x34\x00\x01\x7f\x00\x00\x01\x00\x35data", Place{IP: ip("127.0.0.1"), Port: 53}, nil},
