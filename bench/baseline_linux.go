@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/sluice-proxy/sluice/internal/sockopt"
 	"github.com/sluice-proxy/sluice/relay"
 )
 
@@ -27,7 +29,8 @@ func serve(args []string) int {
 		fmt.Fprintln(os.Stderr, "usage: bench -serve iocopy|pooled|closeboth|relay LISTEN ORIGIN")
 		return 2
 	}
-	ln, err := net.Listen("tcp", args[1])
+	lc := net.ListenConfig{Control: sockopt.ReusePort} // one of several, in the test scale
+	ln, err := lc.Listen(context.Background(), "tcp", args[1])
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		return 1

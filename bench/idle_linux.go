@@ -24,7 +24,7 @@ const perProcess = 9000
 // holdIdle opens the connections and has each answered once. It stops opening at the first that fails,
 // since a relay that is out of descriptors fails all that follow. n is how many are held.
 func (c *client) holdIdle() error {
-	d := net.Dialer{Timeout: 5 * time.Second}
+	d := net.Dialer{Timeout: 5 * time.Second, KeepAlive: -1} // whether there are probes is the relay's choice
 	if c.From != "" {
 		d.LocalAddr = &net.TCPAddr{IP: net.ParseIP(c.From)}
 	}
@@ -45,6 +45,7 @@ func (c *client) holdIdle() error {
 func (c *client) openIdle(wg *sync.WaitGroup, d *net.Dialer, next *atomic.Int64) {
 	defer wg.Done()
 	for next.Add(1) <= int64(c.Conns) && c.failed.Load() == 0 {
+		began := time.Now()
 		conn, err := d.Dial("tcp", c.Addr)
 		if err != nil {
 			c.fail(err)
@@ -57,6 +58,7 @@ func (c *client) openIdle(wg *sync.WaitGroup, d *net.Dialer, next *atomic.Int64)
 		}
 		c.mu.Lock()
 		c.idle = append(c.idle, conn)
+		c.opened = append(c.opened, int32(min(time.Since(began), 2*time.Second)))
 		c.mu.Unlock()
 	}
 }

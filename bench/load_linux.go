@@ -34,6 +34,7 @@ type client struct {
 	done     chan struct{} // closed when it has
 	rtt      []int32       // ns; the loop's until done
 	idle     []net.Conn
+	opened   []int32 // ns: how long each took to be opened and answered
 }
 
 func loadMain() int {
@@ -43,6 +44,7 @@ func loadMain() int {
 
 func (c *client) reply(q ask) answer {
 	var err error
+	var rtts []int32
 	switch q.Op {
 	case "start":
 		c.load = q.Load
@@ -51,10 +53,17 @@ func (c *client) reply(q ask) answer {
 		c.sampling.Store(true)
 	case "burst":
 		err = c.burst()
+	case "answer":
+		rtts = c.answerIdle(0)
+	case "sample":
+		rtts = c.answerIdle(q.Load.Conns)
 	case "stop":
 		return c.stop()
 	}
-	a := answer{N: c.n.Load(), T: int64(time.Since(began)), Failed: c.failed.Load()}
+	a := answer{N: c.n.Load(), T: int64(time.Since(began)), Failed: c.failed.Load(), RTT: rtts}
+	if q.Op == "start" && c.Kind == "idle" {
+		a.First, a.Last = ends500(c.opened)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err == nil && c.Kind == "bulk" {

@@ -54,6 +54,8 @@ type bench struct {
 	rounds     int
 	time       time.Duration
 	idle       int
+	scale      int
+	processes  int // of each relay that holds them; 0: as few as can
 	quick      bool
 	peers      string
 	tests      string
@@ -74,10 +76,14 @@ func parse(args []string, out io.Writer) (*bench, error) {
 	f.IntVar(&b.rounds, "rounds", 3, "rounds; in each, the relays take turns")
 	f.DurationVar(&b.time, "time", 3*time.Second, "length of a measurement")
 	f.IntVar(&b.idle, "idle", 5000, "idle relays to hold")
+	f.IntVar(&b.scale, "scale", 50000, "idle relays to hold in the test scale, which is run when -tests names it only")
+	f.IntVar(&b.processes, "scale-processes", 0,
+		fmt.Sprintf("processes of a relay that share a port in the test scale (default as few as hold them, at most %d each)",
+			relaysPerProcess))
 	f.BoolVar(&b.quick, "quick", false, "one short round of six tests, in under two minutes")
 	f.StringVar(&b.peers, "peers", "", "relays to measure, separated by commas (default all)")
 	f.StringVar(&b.tests, "tests", "",
-		"tests or groups (bulk, msg, conn, idle) to run, separated by commas (default all)")
+		"tests or groups (bulk, msg, conn, idle) to run, separated by commas (default all but scale)")
 	f.StringVar(&b.json, "json", "", "also write every sample to `file`")
 	f.StringVar(&b.sluice, "sluice", "", "the sluice `binary` to measure (default: build ./cmd/sluice)")
 	f.StringVar(&b.congestion, "congestion", "reno",
@@ -97,6 +103,9 @@ func parse(args []string, out io.Writer) (*bench, error) {
 	}
 	if b.rounds < 1 || b.idle < 1 || b.time < 10*time.Millisecond {
 		return nil, errors.New("-rounds and -idle must be 1 or more, -time 10ms or more")
+	}
+	if b.scale < 1 || b.processes < 0 || max(b.processes, scaleProcesses(b.scale, 20000)) > 250 {
+		return nil, errors.New("-scale must be 1 or more, and take no more than 250 processes")
 	}
 	if b.quick {
 		given := make(map[string]bool)
@@ -184,7 +193,7 @@ func (b *bench) build(ctx context.Context, dir string) {
 
 // newKit finds what peers are started with.
 func (b *bench) newKit(self, dir string) *kit {
-	k := &kit{self: self, threads: b.threads, fds: openFiles(b.idle), sluice: b.sluice}
+	k := &kit{self: self, threads: b.threads, processes: b.processes, fds: openFiles(b.idle), sluice: b.sluice}
 	if k.sluice == "" {
 		k.sluice = filepath.Join(dir, "sluice.bin")
 		if _, err := os.Stat(k.sluice); err != nil {
@@ -235,6 +244,9 @@ func (b *bench) run(ctx context.Context, self, dir string, out io.Writer) error 
 	if err != nil {
 		return fmt.Errorf("-tests: %w", err)
 	}
+	if b.tests == "" {
+		tests = usualTests()
+	}
 	if b.printConf {
 		_, err := fmt.Fprintf(out, "# haproxy.cfg\n%s\n# nginx.conf\n%s\n# sshd.conf\n%s",
 			haproxyConf, nginxConf, sshdConf)
@@ -244,11 +256,14 @@ func (b *bench) run(ctx context.Context, self, dir string, out io.Writer) error 
 	began := time.Now()
 	for round := range b.rounds {
 		for _, t := range tests {
-			if t.load.Kind == "idle" {
+			switch t.load.Kind {
+			case "idle":
 				t.load.Conns = b.idle
+			case "scale":
+				t.load.Conns = b.scale
 			}
 			for _, p := range peers {
-				if r.missing[p.name] != "" || t.load.Kind == "idle" && p.start == nil {
+				if r.missing[p.name] != "" || t.load.Kind == "idle" && p.start == nil || t.load.Kind == "scale" && p.many == nil {
 					continue
 				}
 				s := measure(ctx, k, dir, p, t, round+1, b.time)

@@ -23,6 +23,11 @@ func (r *Report) markdown(out io.Writer) error {
 	for _, s := range subjects {
 		r.ratios(&w, s)
 	}
+	for _, p := range r.measured() {
+		if text := r.projection(p); text != "" && slices.Contains(subjects, p) {
+			fmt.Fprintf(&w, "%s\n", text)
+		}
+	}
 	r.facts(&w)
 	_, err := out.Write(w.Bytes())
 	return err

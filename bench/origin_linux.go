@@ -29,8 +29,8 @@ const message = 64
 
 // ask and answer are the lines that the benchmark and its ends exchange over stdin and stdout.
 type ask struct {
-	Op   string // start, count, stop, burst
-	Load load   // for start
+	Op   string // start, count, stop, burst, answer, sample
+	Load load   // for start, and Conns for sample
 }
 
 type answer struct {
@@ -38,9 +38,12 @@ type answer struct {
 	N        int64   `json:",omitempty"` // bytes, messages or connections so far
 	T        int64   `json:",omitempty"` // when N was read, ns
 	P50, P99 float64 `json:",omitempty"` // µs
-	Failed   int64   `json:",omitempty"` // connections that failed, or got no answer within a second
-	Why      string  `json:",omitempty"` // the first of these failures
-	Err      string  `json:",omitempty"`
+	RTT      []int32 `json:",omitempty"` // ns: each round trip of answer and sample
+
+	First, Last float64 `json:",omitempty"` // µs: the median time to open the first and the last 500 of idle
+	Failed      int64   `json:",omitempty"` // connections that failed, or got no answer within a second
+	Why         string  `json:",omitempty"` // the first of these failures
+	Err         string  `json:",omitempty"`
 }
 
 // began anchors the times of answers.

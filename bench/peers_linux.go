@@ -20,6 +20,8 @@ type peer struct {
 	// start starts it between listen and origin. It need not be ready yet. Files go into dir.
 	// A nil start is no relay: the client talks to the origin.
 	start func(k *kit, dir, listen, origin string) ([]*process, error)
+	// many starts a process for each of the origins, all of them at the port of listen. Nil where it cannot.
+	many func(k *kit, dir, listen string, origins []string) ([]*process, error)
 }
 
 // kit is what peers are started with.
@@ -29,6 +31,8 @@ type kit struct {
 	why     error
 	threads int // 0: each program's own choice
 	fds     int // the limit of open files a process
+
+	processes int // of each relay in the test scale; 0: as few as can
 }
 
 // allPeers returns every peer in the order of the report.
@@ -40,13 +44,14 @@ func allPeers(k *kit) []peer {
 	return []peer{
 		{name: "direct", about: "no relay"},
 		{name: "haproxy", about: "mode tcp, option splice-auto, " + threads,
-			needs: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: haproxyAuto.start},
+			needs: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: haproxyAuto.start,
+			many: each(haproxyAuto.start)},
 		{name: "haproxy-splice", about: "the same with option splice-request and splice-response",
 			needs: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: haproxySplice.start},
 		{name: "haproxy-1m", about: "the same with tune.pipesize 1048576, too",
 			needs: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: haproxyMiB.start},
 		{name: "nginx", about: "stream, " + strings.Replace(threads, "threads", "workers", 1),
-			needs: []string{"nginx"}, version: []string{"nginx", "-v"}, start: nginx},
+			needs: []string{"nginx"}, version: []string{"nginx", "-v"}, start: nginx, many: nginxMany},
 		{name: "socat", about: "TCP-LISTEN,fork", needs: []string{"socat"}, version: []string{"socat", "-V"},
 			start: socat},
 		{name: "openssh", about: "ssh -N -L and its sshd, both counted, default cipher",
@@ -56,8 +61,10 @@ func allPeers(k *kit) []peer {
 		{name: "iocopy", about: "Go, two io.Copy with half-close (splice)", start: baseline("iocopy")},
 		{name: "pooled", about: "Go, copy through pooled 32 KiB, no splice", start: baseline("pooled")},
 		{name: "closeboth", about: "Go, copy through pooled 16 KiB, first end closes both", start: baseline("closeboth")},
-		{name: "sluice-lib", about: "relay.Start behind net.Listener and net.Dial", start: baseline("relay")},
-		{name: "sluice", about: "sluice forward --log-level warn (none of the relays logs its sessions)", start: sluice},
+		{name: "sluice-lib", about: "relay.Start behind net.Listener and net.Dial", start: baseline("relay"),
+			many: each(baseline("relay"))},
+		{name: "sluice", about: "sluice forward --log-level warn (none of the relays logs its sessions)", start: sluice,
+			many: each(sluiceShared)},
 	}
 }
 
@@ -180,23 +187,41 @@ events {
 	worker_connections {{.Conns}};
 }
 stream {
+{{- if .Many}}
+	upstream origins {
+{{- range .Many}}
+		server {{.}};
+{{- end}}
+	}
+{{- end}}
 	proxy_connect_timeout 5s;
 	proxy_timeout 1h;
 	server {
-		listen {{.Listen}};
-		proxy_pass {{.Origin}};
+		listen {{.Listen}}{{if .Many}} reuseport{{end}};
+		proxy_pass {{if .Many}}origins{{else}}{{.Origin}}{{end}};
 	}
 }
 `
 
 func nginx(k *kit, dir, listen, origin string) ([]*process, error) {
+	return nginxWith(k, dir, listen, origin, nil)
+}
+
+// nginxMany is one nginx with a worker for each origin, and a socket that listens for each worker.
+func nginxMany(k *kit, dir, listen string, origins []string) ([]*process, error) {
+	own := *k
+	own.threads = len(origins)
+	return nginxWith(&own, dir, listen, "", origins)
+}
+
+func nginxWith(k *kit, dir, listen, origin string, many []string) ([]*process, error) {
 	module := "/usr/lib/nginx/modules/ngx_stream_module.so" // built in where there is none
 	if _, err := os.Stat(module); err != nil {
 		module = ""
 	}
 	path, err := conf(dir, "nginx.conf", nginxConf, map[string]any{
 		"Module": module, "Dir": dir, "Threads": k.threads,
-		"FDs": k.fds, "Conns": k.fds - 100, "Listen": listen, "Origin": origin,
+		"FDs": k.fds, "Conns": k.fds - 100, "Listen": listen, "Origin": origin, "Many": many,
 	})
 	if err != nil {
 		return nil, err

@@ -76,6 +76,33 @@ var tables = []table{
 			{{"idle", "pipes", "", "%.0f", false, false}},
 			{{"idle", "pipes_burst", "", "%.0f", false, false}},
 		}},
+	{"Many idle relays over processes that share a port",
+		[]string{"held", "answered", "processes", "RSS MiB", "RSS KiB a relay", "kernel KiB a relay", "descriptors",
+			"CPU ms/s idle", "softirq ms/s", "keepalives/s"},
+		[][]metric{
+			{{"scale", "held", "", "%.0f", true, false}},
+			{{"scale", "answered", "", "%.0f", true, false}},
+			{{"scale", "processes", "", "%.0f", false, false}},
+			{{"scale", "rss_mib", "", "%.0f", false, false}},
+			{{"scale", "rss_kib", "RSS of one of many idle relays", "%.2f", false, false}},
+			{{"scale", "kernel_kib", "kernel memory of one", "%.1f", false, false}},
+			{{"scale", "fds", "descriptors of one", "%.2f", false, false}},
+			{{"scale", "idle_cpu_ms_per_s", "", "%.2f", false, false}},
+			{{"scale", "softirq_ms_per_s", "", "%.1f", false, false}},
+			{{"scale", "keepalives_per_s", "", "%.0f", false, false}},
+		}},
+	{"Many idle relays: opened, and answering",
+		[]string{"opened in s", "to open the first 500, p50 µs", "the last 500", "all answered in s",
+			"32 at a time, p50 · p99 µs", "one at a time, p50 · p99 µs"},
+		[][]metric{
+			{{"scale", "open_s", "to open many", "%.2f", false, false}},
+			{{"scale", "open_first_us", "", "%.0f", false, false}},
+			{{"scale", "open_last_us", "", "%.0f", false, false}},
+			{{"scale", "answer_s", "for many to answer", "%.2f", false, false}},
+			{{"scale", "answer_p50_us", "", "%.0f", false, false}, {"scale", "answer_p99_us", "", "%.0f", false, false}},
+			{{"scale", "one_p50_us", "an answer among many", "%.0f", false, false},
+				{"scale", "one_p99_us", "", "%.0f", false, false}},
+		}},
 }
 
 // Report is what a run has found. It is written as JSON as it stands.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
 )
 
@@ -30,6 +31,12 @@ var allTests = []test{
 	{"pp1", "msg", load{Kind: "pingpong", Conns: 1}},
 	{"short", "conn", load{Kind: "short", Conns: 32}},
 	{"idle", "idle", load{Kind: "idle"}},
+	{"scale", "scale", load{Kind: "scale"}}, // only where it is asked for
+}
+
+// usualTests returns those that are run unless others are asked for.
+func usualTests() []test {
+	return slices.DeleteFunc(slices.Clone(allTests), func(t test) bool { return t.name == "scale" })
 }
 
 // Sample is one measurement of one relay.
@@ -192,6 +199,9 @@ func measure(ctx context.Context, k *kit, dir string, p peer, t test, round int,
 	if t.load.Kind == "idle" {
 		limit += 3 * time.Minute
 	}
+	if t.load.Kind == "scale" {
+		limit += 8*d + 10*time.Minute
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("hangs: not done after %v", limit))
 	defer cancel()
 	r := &run{ctx: ctx, kit: k, dir: filepath.Join(dir, p.name), sample: s}
@@ -209,6 +219,9 @@ func measure(ctx context.Context, k *kit, dir string, p peer, t test, round int,
 func (r *run) point(p peer, t test, d time.Duration) error {
 	if err := os.MkdirAll(r.dir, 0o755); err != nil {
 		return err
+	}
+	if t.load.Kind == "scale" {
+		return r.scalePoint(p, t.load.Conns, d)
 	}
 	kind := "echo"
 	if t.load.Kind == "bulk" {

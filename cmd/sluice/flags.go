@@ -29,12 +29,19 @@ func (o *options) addProxy(fs *pflag.FlagSet) {
 	fs.Var((*wordValue)(&o.in.UsersFile), "users-file", "`file` with a name:password a line: who may use it")
 	fs.Var((*wordValue)(&o.in.UsersEnv), "users-env", "environment `variable` that holds such lines")
 	fs.BoolVar(&o.in.Open, "open", false, "anyone may use it, also on an address that others can reach")
+	o.addPort(fs)
 }
 
 // addForward adds the flags of forwards.
 func (o *options) addForward(fs *pflag.FlagSet) {
 	fs.Var(&choiceValue{&o.in.SendProxy, config.SendProxyVersions}, "send-proxy",
 		"tell DST the client's address by a PROXY header of `version` v1 or v2")
+	o.addPort(fs)
+}
+
+// addPort adds the flags of what binds a port on this machine.
+func (o *options) addPort(fs *pflag.FlagSet) {
+	fs.BoolVar(&o.in.ReusePort, "reuse-port", false, "share the TCP port with other processes of this user that do so, too")
 }
 
 // addShared adds the flags of all commands that serve one inbound.

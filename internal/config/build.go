@@ -136,6 +136,7 @@ func (b *builder) inbound(in *Inbound, path string) Bound {
 		Deny:             prefixes(in.Deny),
 		MaxConns:         in.MaxConns,
 		AcceptProxy:      in.AcceptProxy,
+		ReusePort:        in.ReusePort,
 		HandshakeTimeout: b.c.HandshakeTimeout.Wait(),
 		Log:              b.log,
 	}

@@ -114,6 +114,7 @@ inbounds:
   - {name: h, type: http, listen: 2, users-env: U}
   - {name: m, type: mixed, listen: 3, users-file: users}
   - {name: o, type: mixed, listen: 4}
+  - {name: r, type: mixed, listen: 5, reuse-port: true}
 `, map[string]string{"U": "eve:e"})
 	users := inbound.Users{"alice": "a:b", "bob": "b"}
 	tcp := func(name string, port uint16) inbound.Listener {
@@ -127,6 +128,8 @@ inbounds:
 		&inbound.HTTP{Listener: tcp("h", 2), Users: inbound.Users{"eve": "e"}},
 		&inbound.Mixed{Listener: tcp("m", 3), Users: users},
 		&inbound.Mixed{Listener: tcp("o", 4)}, // nil Users let everybody in; empty ones would let in nobody
+		&inbound.Mixed{Listener: inbound.Listener{Name: "r", Addr: proxy.TCP("127.0.0.1", 5), ReusePort: true,
+			HandshakeTimeout: 3 * time.Second}},
 	} {
 		if !reflect.DeepEqual(bounds[i].Inbound, want) {
 			t.Errorf("got  %+v\nwant %+v", bounds[i].Inbound, want)

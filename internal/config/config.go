@@ -84,6 +84,7 @@ type Inbound struct {
 	To          Dst      `yaml:"to"`           // destination of a forward
 	SendProxy   string   `yaml:"send-proxy"`   // one of SendProxyVersions: begin with a PROXY header towards To
 	AcceptProxy bool     `yaml:"accept-proxy"` // clients begin with a PROXY header
+	ReusePort   bool     `yaml:"reuse-port"`   // share the port with other processes
 	Via         []string `yaml:"via"`          // names of outbounds or URLs, first hop first
 	UsersFile   string   `yaml:"users-file"`   // lines of name:password
 	UsersEnv    string   `yaml:"users-env"`    // the variable that holds such lines

@@ -97,6 +97,9 @@ func (c *Config) fillInbound(l *errorList, in *Inbound, path string, outboundsSo
 	if t.isFar() && in.AcceptProxy {
 		l.add(path+".accept-proxy", "does not apply to type %s", t.name)
 	}
+	if in.ReusePort && in.Listen.Network != "" && in.Listen.Network != "tcp" && t.has("reuse-port") {
+		l.add(path+".reuse-port", "is for TCP ports, and %v is none", proxy.Addr(in.Listen))
+	}
 	users := in.UsersFile != "" || in.UsersEnv != "" || l.src.has(path+".users-file") || l.src.has(path+".users-env")
 	switch listen := proxy.Addr(in.Listen); {
 	case !t.isProxy():

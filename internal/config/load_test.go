@@ -234,11 +234,28 @@ inbounds:
   quota-per-session: 1GB/s # inbounds[5].quota-per-session: "1GB/s" is not a size (a whole number with a unit, as in 500kB, 10MB, 1GiB)
 - type: http
   name: x           # inbounds[6].name: x is the name of entry 5, too
+  reuse-port: maybe # inbounds[6].reuse-port: "maybe" is neither true nor false
   listen: 1081
   allow:
   - 10.0.0.1/8      # inbounds[6].allow[0]: "10.0.0.1/8" has bits behind the prefix: write 10.0.0.0/8, or 10.0.0.1 for one address
   - ten             # inbounds[6].allow[1]: "ten" is not a network (as in 10.0.0.0/8) or an IP address
   - "::ffff:10.0.0.0/104" # inbounds[6].allow[2]: "::ffff:10.0.0.0/104" is an IPv4 network in IPv6 form: write it as IPv4
+`, ""},
+		{"shared ports", `
+inbounds:
+- {type: forward, listen: 80, to: 81, reuse-port: true}
+- type: forward
+  listen: 80 # inbounds[1].listen: 127.0.0.1:80 is taken by inbounds[0]
+  to: 81
+  reuse-port: true
+- type: socks5
+  listen: unix:///run/x
+  reuse-port: true # inbounds[2].reuse-port: is for TCP ports, and unix:///run/x is none
+- type: reverse
+  listen: 9000
+  to: 81
+  via: [ssh://h]
+  reuse-port: true # inbounds[3].reuse-port: does not apply to type reverse
 `, ""},
 		{"open proxies", `
 inbounds:

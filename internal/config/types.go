@@ -11,10 +11,10 @@ import (
 
 // inboundTypes is the table of inbound types. A new one is a file in package inbound and a line here.
 var inboundTypes = []inboundType{
-	{"forward", forward, "to", "send-proxy"},
-	{"socks5", socks5, "", usersKeys},
-	{"http", httpProxy, "", usersKeys},
-	{"mixed", mixed, "", usersKeys},
+	{"forward", forward, "to", portKeys + " send-proxy"},
+	{"socks5", socks5, "", portKeys + " " + usersKeys},
+	{"http", httpProxy, "", portKeys + " " + usersKeys},
+	{"mixed", mixed, "", portKeys + " " + usersKeys},
 	{"reverse", reverse, "to via", ""},
 }
 
@@ -34,6 +34,7 @@ var outboundTypes = []outboundType{
 const (
 	inboundKeys = "name type listen mode accept-proxy via allow deny max-conns " +
 		"rate-per-session rate quota-per-session" // every inbound
+	portKeys     = "reuse-port"                          // whatever binds a port here
 	usersKeys    = "users-file users-env open"           // every proxy
 	outboundKeys = "name type"                           // every outbound
 	serverKeys   = "user password-file password-env via" // every upstream proxy

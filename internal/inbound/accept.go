@@ -13,12 +13,14 @@ import (
 	"net/netip"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/internal/sockopt"
 	"github.com/sluice-proxy/sluice/relay"
 )
 
@@ -39,6 +41,10 @@ type Listener struct {
 	Allow, Deny []netip.Prefix
 	MaxConns    int  // sessions at a time; 0: no limit. At the limit accepting pauses
 	AcceptProxy bool // every client must begin with a PROXY header (v1 or v2), which says its true address
+
+	// ReusePort shares the port, which must be one of TCP, with other sockets that ask for the same and belong to the same user
+	// (SO_REUSEPORT). Linux spreads new clients over them. A listener that closes resets the clients that nobody has accepted yet.
+	ReusePort bool
 
 	HandshakeTimeout time.Duration // from accept to the end of the handshake; 0: 10 s
 	Log              *slog.Logger  // nil: silent
@@ -74,7 +80,18 @@ func (l *Listener) Listen(ctx context.Context) error {
 	if l.s != nil {
 		return errors.New("inbound: Listen was called twice")
 	}
-	ln, err := bind(ctx, l.Addr, l.Mode)
+	var control sockopt.Control
+	if l.ReusePort {
+		if l.Addr.Network != "tcp" {
+			return fmt.Errorf("inbound: %v: only a TCP port can be shared", l.Addr)
+		}
+		control = sockopt.ReusePort
+	}
+	ln, err := bind(ctx, l.Addr, l.Mode, control)
+	if l.ReusePort && errors.Is(err, syscall.EADDRINUSE) {
+		err = &bindError{strings.TrimPrefix(err.Error(), "inbound: ") + "; to share it, both must ask for that (reuse-port) " +
+			"and belong to the same user", err}
+	}
 	if err != nil {
 		return err
 	}

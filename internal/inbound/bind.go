@@ -25,11 +25,11 @@ type bindError struct {
 func (e *bindError) Error() string { return "inbound: " + e.text }
 func (e *bindError) Unwrap() error { return e.err }
 
-// bind listens at a.
-func bind(ctx context.Context, a proxy.Addr, mode fs.FileMode) (net.Listener, error) {
+// bind listens at a. control, which may be nil, sets options of a TCP socket.
+func bind(ctx context.Context, a proxy.Addr, mode fs.FileMode, control sockopt.Control) (net.Listener, error) {
 	switch a.Network {
 	case "tcp":
-		return bindTCP(ctx, a)
+		return bindTCP(ctx, a, control)
 	case "udp":
 		return nil, fmt.Errorf("inbound: cannot listen at %v: streams are served here, not datagrams: %w", a, errors.ErrUnsupported)
 	case "unix":
@@ -40,8 +40,8 @@ func bind(ctx context.Context, a proxy.Addr, mode fs.FileMode) (net.Listener, er
 	return nil, fmt.Errorf("inbound: cannot listen at %v: %w", a, errors.ErrUnsupported)
 }
 
-func bindTCP(ctx context.Context, a proxy.Addr) (net.Listener, error) {
-	lc := net.ListenConfig{KeepAliveConfig: sockopt.KeepAlive()}
+func bindTCP(ctx context.Context, a proxy.Addr, control sockopt.Control) (net.Listener, error) {
+	lc := net.ListenConfig{KeepAliveConfig: sockopt.KeepAlive(), Control: control}
 	// Sockets of multipath TCP differ in resets and options, and the relay counts on those of TCP.
 	lc.SetMultipathTCP(false)
 	ln, err := lc.Listen(ctx, "tcp", a.HostPort())

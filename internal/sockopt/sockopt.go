@@ -35,6 +35,12 @@ func Device(name string) Control {
 	}
 }
 
+// ReusePort lets other sockets that ask for the same listen at the same port, if they belong to the same user (SO_REUSEPORT).
+// Linux, FreeBSD and DragonFly spread new clients over them; elsewhere one of them gets all.
+func ReusePort(_, _ string, c syscall.RawConn) error {
+	return control(c, "share the port", setReusePort)
+}
+
 // All sets each of the options in turn, up to the first that fails. It is nil for none.
 func All(options ...Control) Control {
 	if len(options) == 0 {
