@@ -29,7 +29,7 @@ func forward(t *testing.T, to netip.AddrPort, timeout time.Duration, failed func
 				return
 			}
 			all.Add(1)
-			_, handled := DialSocket(c, to, timeout, func(s *Socket, err error) {
+			_, handled := DialSocket(c, to, timeout, nil, func(s *Socket, err error) {
 				if err != nil {
 					if failed != nil {
 						failed(err)

@@ -59,15 +59,15 @@ func (d *Direct) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, erro
 	return c, nil
 }
 
-// StartDial implements proxy.Starter, for IP addresses and the kernel's choice of the way.
+// StartDial implements proxy.Starter, for IP addresses, and the kernel's choice of our own.
 func (d *Direct) StartDial(client net.Conn, dst proxy.Addr, timeout time.Duration, done func(net.Conn, error)) (cancel func(error), handled bool) {
-	if dst.Network != "tcp" || !dst.IP().IsValid() || d.BindAddr.IsValid() || d.Interface != "" || d.Mark != 0 {
+	if dst.Network != "tcp" || !dst.IP().IsValid() || d.BindAddr.IsValid() {
 		return nil, false
 	}
 	if d.Timeout > 0 && (timeout == 0 || d.Timeout < timeout) {
 		timeout = d.Timeout
 	}
-	return relay.DialSocket(client, netip.AddrPortFrom(dst.IP(), dst.Port), timeout, func(s *relay.Socket, err error) {
+	return relay.DialSocket(client, netip.AddrPortFrom(dst.IP(), dst.Port), timeout, d.control(), func(s *relay.Socket, err error) {
 		if err != nil {
 			done(nil, d.explain(err))
 			return
