@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/sluice-proxy/sluice/internal/capture"
 	"github.com/sluice-proxy/sluice/internal/inbound"
 	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
@@ -66,6 +67,9 @@ func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) 
 		log:     log,
 		dialers: map[dialerKey]proxy.Dialer{},
 	}
+	if c.captures() {
+		b.first = &outbound.Direct{Mark: capture.Mark}
+	}
 	b.member = func(s string) (proxy.Static, error) { return b.way([]string{s}) }
 	for _, groups := range []bool{false, true} { // also those that nobody uses; what is wrong is said once, where it stands
 		for i := range c.Outbounds {
@@ -106,6 +110,9 @@ type builder struct {
 	rules   []route.Rule
 	member  func(string) (proxy.Static, error) // way, of a group's member: the table of types cannot name what reads it
 	owners  route.Owners                       // nil where no rule asks for them
+
+	// first is the way to the first hop, which is told apart from the traffic that is captured. Nil where none is.
+	first proxy.Dialer
 }
 
 // dialerKey tells hops apart: those that are the same share what they keep open.
@@ -163,6 +170,9 @@ func (b *builder) inbound(in *Inbound, path string) Bound {
 	} else if len(b.rules) > 0 {
 		bound.Router = &route.Router{Rules: b.rules, Default: way, Owners: b.owners}
 	}
+	if in.Setup {
+		b.capture(in, part, way.Dialer)
+	}
 	return bound
 }
 
@@ -199,7 +209,7 @@ func (b *builder) way(via []string) (proxy.Static, error) {
 	if err != nil { // Fill has followed it
 		return proxy.Static{}, err
 	}
-	var d proxy.Dialer // nil: direct
+	d := b.first // nil: direct
 	var labels []string
 	for _, h := range hops {
 		labels = append(labels, h.label)
@@ -231,8 +241,12 @@ func reverse(in *Inbound, l inbound.Listener, _ inbound.Users) proxy.Inbound {
 	return &inbound.Reverse{Listener: l, To: proxy.Addr(in.To)} // its link is set with its route
 }
 
-func direct(_ *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) {
-	return &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: o.Mark}, nil
+func direct(b *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) {
+	d := &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: o.Mark}
+	if d.Mark == 0 && b.first != nil {
+		d.Mark = capture.Mark
+	}
+	return d, nil
 }
 
 func socks5Out(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error) {

@@ -37,7 +37,7 @@ var (
 
 // DialStream implements proxy.Dialer. It returns a *net.TCPConn or a *net.UnixConn.
 func (d *Direct) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, error) {
-	dialer := net.Dialer{Timeout: d.Timeout, KeepAliveConfig: sockopt.KeepAlive(), Resolver: d.Resolver}
+	dialer := net.Dialer{Timeout: d.Timeout, KeepAliveConfig: sockopt.KeepAlive(), Resolver: d.resolver()}
 	switch {
 	case dst.Network == "unix":
 	case dst.Network != "tcp":
@@ -74,6 +74,16 @@ func (d *Direct) StartDial(client net.Conn, dst proxy.Addr, timeout time.Duratio
 		}
 		done(s, nil)
 	})
+}
+
+// resolver returns the one that resolves names. With a mark, its questions bear that, too, or a rule that captures all that does not
+// would bring them back to us.
+func (d *Direct) resolver() *net.Resolver {
+	if d.Resolver != nil || d.Mark == 0 {
+		return d.Resolver
+	}
+	dialer := net.Dialer{Control: sockopt.Mark(d.Mark)}
+	return &net.Resolver{PreferGo: true, Dial: dialer.DialContext}
 }
 
 func (d *Direct) control() sockopt.Control {
