@@ -31,7 +31,7 @@ var layers = [][]string{
 		"internal/conform", "internal/lab"},
 	{"internal/config"},
 	{"cmd/sluice"},
-	{"bench", "test/conform", "test/e2e", "test/noskip"},
+	{"bench", "test/conform", "test/e2e", "test/noskip", "test/transparent"},
 }
 
 // layerOf returns the layer of the package in dir, or -1. What is below a package's directory

@@ -12,8 +12,8 @@ import (
 	"github.com/sluice-proxy/sluice/internal/sockopt"
 )
 
-// TProxy takes clients that a TPROXY rule of the packet filter hands to it, and sends each where it was going. A client whose
-// destination cannot be reached is reset. One that has connected to the port itself is refused: it has no destination.
+// TProxy takes TCP clients and datagrams that a TPROXY rule of the packet filter hands to it, and sends each where it was going. A client
+// whose destination cannot be reached is reset. One that has connected to the port itself is refused: it has no destination.
 //
 // The rule names an address to hand packets to, which may be a loopback address, also for traffic of other machines.
 // Linux, with CAP_NET_ADMIN.
@@ -33,11 +33,8 @@ func (p *TProxy) Listen(ctx context.Context) error {
 	if runtime.GOOS != "linux" {
 		return fmt.Errorf("inbound: tproxy works on Linux only: %w", errors.ErrUnsupported)
 	}
-	options := []sockopt.Control{sockopt.Transparent}
-	if p.Mark != 0 {
-		options = append(options, sockopt.Mark(p.Mark)) // the sockets accepted inherit it
-	}
-	p.control = sockopt.All(options...)
+	p.control = sockopt.All(p.options()...) // the sockets accepted inherit them
+	p.t.listenPackets = p.listenPackets
 	p.t.capture, p.t.destination = p.Capture, wanted
 	p.t.hint = "only what a TPROXY rule hands to it has a destination"
 	err := p.t.listen(ctx, &p.Listener)
@@ -45,6 +42,15 @@ func (p *TProxy) Listen(ctx context.Context) error {
 		err = &bindError{"tproxy needs the capability CAP_NET_ADMIN: run as root, or `setcap cap_net_admin+ep` on the program", err}
 	}
 	return err
+}
+
+// options are those of all sockets that face clients.
+func (p *TProxy) options() []sockopt.Control {
+	options := []sockopt.Control{sockopt.Transparent}
+	if p.Mark != 0 {
+		options = append(options, sockopt.Mark(p.Mark))
+	}
+	return options
 }
 
 // wanted is the address that c has connected to: that of the accepted socket.

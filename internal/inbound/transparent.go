@@ -30,6 +30,9 @@ type Capture interface {
 // get past it by having two ways to a destination.
 type transparent struct {
 	listeners []*Listener
+	packets   []*demux
+	// listenPackets adds to packets; nil: there are none.
+	listenPackets func(ctx context.Context, at []netip.AddrPort) error
 	// destination says where a client was going.
 	destination func(c *client) (netip.AddrPort, error)
 	capture     Capture // nil: somebody else brings the traffic
@@ -75,7 +78,7 @@ func (t *transparent) listen(ctx context.Context, l *Listener) error {
 
 func (t *transparent) listenOnce(ctx context.Context, l *Listener) (err error) {
 	first := *l
-	t.listeners, t.at = nil, nil
+	t.listeners, t.at, t.packets = nil, nil, nil
 	if err := t.add(ctx, &first); err != nil {
 		return err
 	}
@@ -86,16 +89,25 @@ func (t *transparent) listenOnce(ctx context.Context, l *Listener) (err error) {
 			*l = first // it is the same listener now
 		}
 	}()
+	if err := t.addTwin(ctx, &first); err != nil || t.listenPackets == nil {
+		return err
+	}
+	return t.listenPackets(ctx, t.at)
+}
+
+// addTwin listens at the IPv6 loopback address as well, if l listens at that of IPv4.
+func (t *transparent) addTwin(ctx context.Context, l *Listener) error {
 	if l.Addr.Host != "localhost" && l.Addr.IP() != netip.AddrFrom4([4]byte{127, 0, 0, 1}) {
 		return nil
 	}
-	at := addrPort(first.BoundAddr())
+	at := addrPort(l.BoundAddr())
 	if at.Addr().Is6() {
 		return nil // localhost, without IPv4
 	}
 	twin := *l
+	twin.s = nil
 	twin.Addr = proxy.TCP("::1", at.Port())
-	err = t.add(ctx, &twin)
+	err := t.add(ctx, &twin)
 	if errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EAFNOSUPPORT) {
 		return nil // no IPv6 here
 	}
@@ -118,6 +130,9 @@ func (t *transparent) closeAll() (err error) {
 	for _, l := range t.listeners {
 		err = errors.Join(err, l.Close())
 	}
+	for _, d := range t.packets {
+		err = errors.Join(err, d.Close())
+	}
 	return err
 }
 
@@ -126,10 +141,13 @@ func (t *transparent) serve(ctx context.Context, h proxy.Handler) error {
 	t.mu.Lock()
 	t.serving = !t.closed
 	t.mu.Unlock()
-	errs := make([]error, len(t.listeners))
+	errs := make([]error, len(t.listeners)+len(t.packets))
 	var all sync.WaitGroup
 	for i, l := range t.listeners {
 		all.Go(func() { errs[i] = t.serveListener(ctx, h, l) })
+	}
+	for i, d := range t.packets {
+		all.Go(func() { errs[len(t.listeners)+i] = d.serve(ctx, h) })
 	}
 	all.Wait()
 	return errors.Join(append(errs, t.end())...)

@@ -27,3 +27,14 @@ func OriginalDst(c syscall.Conn, local netip.Addr) (dst netip.AddrPort, err erro
 	})
 	return dst, err
 }
+
+// OriginalDsts has each datagram come with the address and port that it was sent to, for [OriginalDstOf]: with a transparent
+// socket, those are not its own.
+func OriginalDsts(network, _ string, c syscall.RawConn) error {
+	return control(c, "ask for original destinations", func(fd int) error { return askOriginalDsts(fd, network != "udp4") })
+}
+
+// ReuseAddress lets other sockets have the same address, if they let it, too (SO_REUSEADDR).
+func ReuseAddress(_, _ string, c syscall.RawConn) error {
+	return control(c, "share the address", reuseAddress)
+}
