@@ -30,7 +30,7 @@ func (b *builder) build() {
 		if local {
 			output := b.base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
 			b.exempt(output)
-			b.rule(output, protocol(unix.IPPROTO_TCP), jump(b.choose))
+			b.begins(output, nil)
 		}
 		if remote {
 			b.addFrom(b.base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest))
@@ -87,14 +87,11 @@ func (b *builder) addFrom(c *nftables.Chain) {
 	}
 }
 
-// begins has the first packets of connections looked at.
+// begins has the first packets of connections looked at. A NAT chain sees no others but, of connections that are older than the
+// kernel's table of connections, one from their midst.
 func (b *builder) begins(c *nftables.Chain, match []expr.Any) {
-	if !b.TProxy { // a NAT chain sees no others
-		b.rule(c, match, protocol(unix.IPPROTO_TCP), jump(b.choose))
-		return
-	}
 	b.rule(c, match, protocol(unix.IPPROTO_TCP), syn(), jump(b.choose))
-	if b.UDP {
+	if b.TProxy && b.UDP {
 		b.rule(c, match, protocol(unix.IPPROTO_UDP), begun(), jump(b.choose))
 	}
 }
