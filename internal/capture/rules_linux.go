@@ -26,7 +26,11 @@ func (b *builder) build() {
 	remote := slices.ContainsFunc(b.from(), func(s Source) bool { return !s.Local() })
 	b.choose = b.conn.AddChain(&nftables.Chain{Name: "choose", Table: b.table})
 	if !b.TProxy {
-		b.addChoose(b.redirect()...)
+		// The rule has a chain of its own, which stays when that which leads there is emptied: without it, the kernel would
+		// no longer follow connections, and what was redirected would be lost.
+		turn := b.conn.AddChain(&nftables.Chain{Name: "turn", Table: b.table})
+		b.rule(turn, protocol(unix.IPPROTO_TCP), b.redirect())
+		b.addChoose(jump(turn)...)
 		if local {
 			output := b.base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
 			b.exempt(output)
