@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"crypto/tls"
 	"fmt"
 	"io/fs"
@@ -9,7 +10,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/sluice-proxy/sluice/internal/capture"
 	"github.com/sluice-proxy/sluice/internal/inbound"
 	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
@@ -66,9 +66,10 @@ func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) 
 		errs:    errorList{src: &c.src},
 		log:     log,
 		dialers: map[dialerKey]proxy.Dialer{},
+		mark:    c.captureMark(),
 	}
-	if c.captures() {
-		b.first = &outbound.Direct{Mark: capture.Mark}
+	if b.mark != 0 {
+		b.first = b.direct(&Outbound{})
 	}
 	b.member = func(s string) (proxy.Static, error) { return b.way([]string{s}) }
 	for _, groups := range []bool{false, true} { // also those that nobody uses; what is wrong is said once, where it stands
@@ -110,9 +111,8 @@ type builder struct {
 	rules   []route.Rule
 	member  func(string) (proxy.Static, error) // way, of a group's member: the table of types cannot name what reads it
 	owners  route.Owners                       // nil where no rule asks for them
-
-	// first is the way to the first hop, which is told apart from the traffic that is captured. Nil where none is.
-	first proxy.Dialer
+	mark    int                                // of connections that do not say another
+	first   proxy.Dialer                       // what reaches the first hop; nil: a zero outbound.Direct
 }
 
 // dialerKey tells hops apart: those that are the same share what they keep open.
@@ -241,12 +241,10 @@ func reverse(in *Inbound, l inbound.Listener, _ inbound.Users) proxy.Inbound {
 	return &inbound.Reverse{Listener: l, To: proxy.Addr(in.To)} // its link is set with its route
 }
 
-func direct(b *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) {
-	d := &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: o.Mark}
-	if d.Mark == 0 && b.first != nil {
-		d.Mark = capture.Mark
-	}
-	return d, nil
+func direct(b *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) { return b.direct(o), nil }
+
+func (b *builder) direct(o *Outbound) *outbound.Direct {
+	return &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: cmp.Or(o.Mark, b.mark)}
 }
 
 func socks5Out(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error) {

@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/sluice-proxy/sluice/internal/capture"
@@ -80,14 +81,13 @@ func (in *Inbound) checkCapture(l *errorList, path string) {
 	}
 }
 
-// captures says whether an inbound brings traffic here, from which what we send ourselves has to be told apart.
-func (c *Config) captures() bool {
-	for i := range c.Inbounds {
-		if c.Inbounds[i].Setup {
-			return true
-		}
+// captureMark is what the connections are marked with that sluice makes, where an inbound captures traffic that they have to be told
+// apart from; 0: none does.
+func (c *Config) captureMark() int {
+	if slices.ContainsFunc(c.Inbounds, func(in Inbound) bool { return in.Setup }) {
+		return capture.Mark
 	}
-	return false
+	return 0
 }
 
 // capture has the traffic brought to an inbound. Datagrams are only where there is a way out that can carry them: what cannot

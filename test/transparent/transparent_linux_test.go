@@ -1,7 +1,7 @@
 package transparent
 
 import (
-	"context"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -359,6 +359,49 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
+// TestByHand: the rules that the manual has for those who set them up themselves work.
+func TestByHand(t *testing.T) {
+	page, err := os.ReadFile("../../docs/transparent.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, page, _ = bytes.Cut(page, []byte("## With rules of your own"))
+	var blocks []string // a command, its rules, another, its rules, their routing
+	for i, block := range strings.Split(string(page), "```\n") {
+		if i%2 == 1 {
+			blocks = append(blocks, block)
+		}
+	}
+	if len(blocks) != 5 {
+		t.Fatalf("%d blocks of code", len(blocks))
+	}
+	for i, tt := range []struct {
+		name string
+		args []string
+		from func(l *lab) namespace
+	}{
+		{"redirect", []string{"redirect", "12346", "--mark", "7"}, func(l *lab) namespace { return l.router }},
+		{"tproxy", []string{"tproxy", "12345"}, func(l *lab) namespace { return l.client }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l := newLab(t)
+			l.origin.serve(t, at(originIP[0], "8080"), greet)
+			if command, _, _ := strings.Cut(blocks[2*i], " --via"); command != "sluice "+strings.Join(tt.args, " ") {
+				t.Fatalf("the manual says %q", command)
+			}
+			l.router.run(t, "nft", blocks[2*i+1])
+			if i == 1 {
+				l.router.run(t, "sh", "-ec", blocks[4])
+			}
+			s := l.router.startSluice(t, tt.args...)
+			if got := tt.from(l).seen(t, at(originIP[0], "8080")); got != routerOutIP[0] {
+				t.Errorf("the origin sees %q", got)
+			}
+			proxytest.Until(t, "the session is logged", func() bool { return strings.Contains(s.log.String(), "msg=session") })
+		})
+	}
+}
+
 // TestDatagrams: tproxy carries datagrams, from and to the addresses that their ends know.
 func TestDatagrams(t *testing.T) {
 	l := newLab(t)
@@ -426,5 +469,3 @@ func (ns namespace) echo(t *testing.T, addr string) {
 		}
 	}()
 }
-
-var _ = context.Background
