@@ -107,7 +107,9 @@ func (b *builder) capture(in *Inbound, part proxy.Inbound, way proxy.Dialer) {
 		p.Capture = k
 	case *inbound.TProxy:
 		_, carries := way.(proxy.PacketDialer)
-		k.TProxy, k.UDP = true, carries || len(b.rules) > 0
+		if k.TProxy, k.UDP = true, carries || len(b.rules) > 0; !k.UDP && b.log != nil {
+			b.log.Warn("UDP is left alone: the way out cannot carry it", "inbound", in.Name)
+		}
 		p.Capture, p.Mark = k, capture.Mark
 	}
 }

@@ -404,12 +404,18 @@ func TestByHand(t *testing.T) {
 
 // TestDatagrams: tproxy carries datagrams, from and to the addresses that their ends know.
 func TestDatagrams(t *testing.T) {
+	for _, listen := range []string{"12345", ":12345"} {
+		t.Run(listen, func(t *testing.T) { testDatagrams(t, listen) })
+	}
+}
+
+func testDatagrams(t *testing.T, listen string) {
 	l := newLab(t)
 	for family := range 2 {
 		l.origin.echo(t, at(originIP[family], "5353"))
 		l.origin.echo(t, at(otherIP[family], "5353"))
 	}
-	s := l.router.startSluice(t, "tproxy", "12345", "--setup", "--from", "local,lan0")
+	s := l.router.startSluice(t, "tproxy", listen, "--setup", "--from", "local,lan0")
 	for family := range 2 {
 		for _, from := range []namespace{l.client, l.router} {
 			c := from.packets(t, ":0")
