@@ -145,7 +145,8 @@ func TestFailureLeavesNothing(t *testing.T) {
 		t.Errorf("got %q, want %q", out, want)
 	}
 	for _, kind := range []string{"redirect", "tproxy"} {
-		cmd := exec.Command("ip", "netns", "exec", string(l.router), "setpriv", "--reuid=65534", "--clear-groups", binary, kind, "1999", "--setup")
+		cmd := exec.Command("ip", "netns", "exec", string(l.router),
+			"setpriv", "--reuid=65534", "--clear-groups", binary, kind, "1999", "--setup")
 		out, err := cmd.CombinedOutput()
 		if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != 1 || !strings.Contains(string(out), "CAP_NET_ADMIN") {
 			t.Errorf("%s without rights: %v, %q", kind, err, out)
