@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -35,6 +36,8 @@ func run(m *testing.M) int {
 	if binary = os.Getenv(binaryEnv); binary != "" {
 		return m.Run()
 	}
+	flag.Parse()
+	flag.Set("test.parallel", "4") // the tests mostly wait; more would only slow each other down
 	dir, err := os.MkdirTemp("", "sluice-transparent-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -71,10 +74,10 @@ func newLab(t *testing.T) *lab {
 	t.Helper()
 	proxytest.NeedRoot(t)
 	proxytest.Need(t, "ip", "nft", "sysctl")
+	number := labs.Add(1)
 	name := func(part string) namespace {
-		return namespace(fmt.Sprintf("sluice-tr-%d-%d-%s", os.Getpid(), labs.Load(), part))
+		return namespace(fmt.Sprintf("sluice-tr-%d-%d-%s", os.Getpid(), number, part))
 	}
-	labs.Add(1)
 	l := &lab{name("client"), name("router"), name("origin")}
 	for _, ns := range []namespace{l.client, l.router, l.origin} {
 		command(t, "ip", "netns", "add", string(ns))

@@ -31,6 +31,7 @@ func at(ip, port string) string { return net.JoinHostPort(ip, port) }
 // TestWays: clients on a LAN and on the machine itself get where they want to go, over both families, and hear what they would
 // hear without a proxy.
 func TestWays(t *testing.T) {
+	t.Parallel()
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
 			l := newLab(t)
@@ -73,6 +74,7 @@ func at2(ip string) string { return strings.TrimSuffix(net.JoinHostPort(ip, ""),
 
 // TestUndone: at exit, and after kill -9 and one cleanup, the router's network is what it was, byte for byte.
 func TestUndone(t *testing.T) {
+	t.Parallel()
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
 			l := newLab(t)
@@ -131,6 +133,7 @@ func TestUndone(t *testing.T) {
 
 // TestFailureLeavesNothing: what cannot be set up in full is not set up at all.
 func TestFailureLeavesNothing(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	before := l.router.network(t)
 	l.router.run(t, "nft", "add table inet sluice-tproxy-12345")
@@ -159,6 +162,7 @@ func TestFailureLeavesNothing(t *testing.T) {
 
 // TestSelection: --from, --include and --exclude say what is captured.
 func TestSelection(t *testing.T) {
+	t.Parallel()
 	const lan, local = 1, 2
 	for _, kind := range []string{"redirect", "tproxy"} {
 		t.Run(kind, func(t *testing.T) {
@@ -223,6 +227,7 @@ func logs(s *sluice, text string) bool {
 
 // TestDirect: who connects to the port itself is refused, from anywhere, and that is said once.
 func TestDirect(t *testing.T) {
+	t.Parallel()
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
 			l := newLab(t)
@@ -248,6 +253,7 @@ func TestDirect(t *testing.T) {
 
 // TestThoseBefore: connections that were there before are not touched, at the beginning and at the end.
 func TestThoseBefore(t *testing.T) {
+	t.Parallel()
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
 			l := newLab(t)
@@ -286,6 +292,7 @@ func TestThoseBefore(t *testing.T) {
 
 // TestGrace: when sluice is to stop, sessions go on, and new connections go without it.
 func TestGrace(t *testing.T) {
+	t.Parallel()
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
 			l := newLab(t)
@@ -313,6 +320,7 @@ func TestGrace(t *testing.T) {
 
 // TestUpstream: the connections to an upstream proxy are not captured themselves.
 func TestUpstream(t *testing.T) {
+	t.Parallel()
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
 			l := newLab(t)
@@ -333,6 +341,7 @@ func TestUpstream(t *testing.T) {
 
 // TestSplice: what a reader has not taken yet waits in a pipe, so the bytes go through the kernel alone.
 func TestSplice(t *testing.T) {
+	t.Parallel()
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
 			l := newLab(t)
@@ -362,6 +371,7 @@ func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
 // TestByHand: the rules that the manual has for those who set them up themselves work.
 func TestByHand(t *testing.T) {
+	t.Parallel()
 	page, err := os.ReadFile("../../docs/transparent.md")
 	if err != nil {
 		t.Fatal(err)
@@ -405,6 +415,7 @@ func TestByHand(t *testing.T) {
 
 // TestDatagrams: tproxy carries datagrams, from and to the addresses that their ends know.
 func TestDatagrams(t *testing.T) {
+	t.Parallel()
 	for _, listen := range []string{"12345", ":12345"} {
 		t.Run(listen, func(t *testing.T) { testDatagrams(t, listen) })
 	}
