@@ -23,7 +23,7 @@ const module = "github.com/sluice-proxy/sluice"
 // layers is the order of the packages, lowest first. A package may import those of lower layers
 // only, so packages of one layer know nothing of each other.
 var layers = [][]string{
-	{"relay", "internal/socks5", "internal/connect", "internal/sockopt", "internal/tundev", "internal/process"},
+	{"relay", "internal/socks5", "internal/connect", "internal/sockopt", "internal/tundev", "internal/process", "internal/capture"},
 	{"relay/relaytest"},
 	{"internal/proxy"},
 	{"internal/sshlink", "internal/proxytest"},
@@ -31,7 +31,7 @@ var layers = [][]string{
 		"internal/conform", "internal/lab"},
 	{"internal/config"},
 	{"cmd/sluice"},
-	{"bench", "test/conform", "test/e2e", "test/noskip"},
+	{"bench", "test/conform", "test/e2e", "test/noskip", "test/transparent"},
 }
 
 // layerOf returns the layer of the package in dir, or -1. What is below a package's directory

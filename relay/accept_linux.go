@@ -85,9 +85,19 @@ func SocketListener(ln net.Listener) (net.Listener, error) {
 	if l.tcp {
 		l.raw.Control(func(fd uintptr) { // inherited by the sockets accepted
 			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+			if isTransparent(int(fd)) { // each of its sockets has the address that its client wanted
+				l.local = netip.AddrPort{}
+			}
 		})
 	}
 	return l, nil
+}
+
+// isTransparent says whether a listener takes what is for other addresses, too. The two options are one for the kernel, but
+// that of IPv4 can be asked for on sockets of either family.
+func isTransparent(fd int) bool {
+	on, err := unix.GetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT)
+	return err == nil && on != 0
 }
 
 // AcceptSockets has the relay's loop accept the clients of ln, which SocketListener has made, so that Neither

@@ -19,13 +19,15 @@ import (
 // false if client is not a [Socket] fit for it: then nothing was done, and done is not called.
 //
 // The client's reset cancels the dial: the error is then both [context.Canceled] and ECONNRESET. So does calling cancel, with its cause,
-// which does nothing once done was called. After a timeout the error is [context.DeadlineExceeded]; 0 is none.
-func DialSocket(client net.Conn, to netip.AddrPort, timeout time.Duration, done func(*Socket, error)) (cancel func(error), handled bool) {
+// which does nothing once done was called. After a timeout the error is [context.DeadlineExceeded]; 0 is none. control sets options of
+// the new socket before it connects, as that of a net.Dialer does; nil for none.
+func DialSocket(client net.Conn, to netip.AddrPort, timeout time.Duration, control func(network, address string, c syscall.RawConn) error,
+	done func(*Socket, error)) (cancel func(error), handled bool) {
 	c, ok := client.(*Socket)
 	if !ok || c.isConn() || !to.IsValid() || to.Addr().Zone() != "" {
 		return nil, false
 	}
-	origin, err := connectSocket(to)
+	origin, err := connectSocket(to, control)
 	d := &dialing{client: c, origin: origin, done: done, to: to}
 	if timeout > 0 {
 		d.deadline = clock() + int64(timeout)
@@ -62,7 +64,7 @@ type dialing struct {
 }
 
 // connectSocket begins to connect.
-func connectSocket(to netip.AddrPort) (*Socket, error) {
+func connectSocket(to netip.AddrPort, control func(network, address string, c syscall.RawConn) error) (*Socket, error) {
 	var (
 		sa   unsafe.Pointer
 		size uintptr
@@ -80,11 +82,18 @@ func connectSocket(to netip.AddrPort) (*Socket, error) {
 		return nil, os.NewSyscallError("socket", err)
 	}
 	rawNoDelay(fd)
+	s := &Socket{fd: fd, tcp: true, keepalive: true, peer: to}
+	if control != nil {
+		if err := control("tcp", to.String(), rawSocket{s}); err != nil {
+			rawClose(fd)
+			return nil, err
+		}
+	}
 	if err := rawConnect(fd, sa, size); err != nil && err != unix.EINPROGRESS && err != unix.EINTR {
 		rawClose(fd)
 		return nil, os.NewSyscallError("connect", err)
 	}
-	return &Socket{fd: fd, tcp: true, keepalive: true, peer: to}, nil
+	return s, nil
 }
 
 // inTurn sets the deadline.

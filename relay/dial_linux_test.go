@@ -29,7 +29,7 @@ func forward(t *testing.T, to netip.AddrPort, timeout time.Duration, failed func
 				return
 			}
 			all.Add(1)
-			_, handled := DialSocket(c, to, timeout, func(s *Socket, err error) {
+			_, handled := DialSocket(c, to, timeout, nil, func(s *Socket, err error) {
 				if err != nil {
 					if failed != nil {
 						failed(err)
@@ -242,5 +242,79 @@ func TestSocketIsANetConn(t *testing.T) {
 	}
 	if err := s.Close(); !errors.Is(err, net.ErrClosed) {
 		t.Error("closed twice:", err)
+	}
+}
+
+// TestDialSocketControl: options are set before the socket connects, and an error of theirs is that of the dial.
+func TestDialSocketControl(t *testing.T) {
+	to := listenSockets(t)
+	defer to.Close()
+	ln := listenSockets(t)
+	defer ln.Close()
+	bad := errors.New("bad")
+	for _, want := range []error{nil, bad} {
+		peer, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer peer.Close()
+		client, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		var said string
+		control := func(network, address string, c syscall.RawConn) error {
+			said = network + " " + address
+			if err := c.Control(func(fd uintptr) {
+				if _, err := syscall.Getpeername(int(fd)); err == nil {
+					t.Error("it is connected already")
+				}
+			}); err != nil {
+				t.Error(err)
+			}
+			return want
+		}
+		done := make(chan error, 1)
+		if _, handled := DialSocket(client, to.Addr().(*net.TCPAddr).AddrPort(), time.Minute, control, func(s *Socket, err error) {
+			if s != nil {
+				s.Close()
+			}
+			done <- err
+		}); !handled {
+			t.Fatal("not handled")
+		}
+		if err := <-done; !errors.Is(err, want) || said != "tcp "+to.Addr().String() {
+			t.Errorf("%v after %q, want %v", err, said, want)
+		}
+	}
+}
+
+// TestSyscallConn: to ask for an option of a Socket leaves it what it is.
+func TestSyscallConn(t *testing.T) {
+	ln := listenSockets(t)
+	defer ln.Close()
+	peer, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	c, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	s := c.(*Socket)
+	for _, std := range []bool{false, true} {
+		raw, err := s.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		typ := 0
+		raw.Control(func(fd uintptr) { typ, _ = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_TYPE) })
+		if typ != syscall.SOCK_STREAM || s.isConn() != std {
+			t.Errorf("type %d, an ordinary conn: %v, want %v", typ, s.isConn(), std)
+		}
+		s.SetDeadline(time.Now()) // makes it one
 	}
 }

@@ -394,7 +394,7 @@ func TestDialSocketNotToItself(t *testing.T) {
 		unix.Close(fds[1])
 		client := &Socket{fd: fds[0]}
 		dialed := make(chan *Socket, 1)
-		if _, handled := DialSocket(client, to, time.Minute, func(s *Socket, err error) { dialed <- s }); !handled {
+		if _, handled := DialSocket(client, to, time.Minute, nil, func(s *Socket, err error) { dialed <- s }); !handled {
 			t.Fatal("not handled")
 		}
 		s := <-dialed

@@ -98,6 +98,16 @@ func (s *Socket) below() below {
 	return below{raw: rawSocket{s}, tcp: s.tcp}
 }
 
+// SyscallConn returns the socket's descriptor, to get and set options of it by Control; the socket stays what it is.
+func (s *Socket) SyscallConn() (syscall.RawConn, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.std != nil {
+		return s.std.(syscall.Conn).SyscallConn()
+	}
+	return rawSocket{s}, nil
+}
+
 // rawSocket is a Socket's descriptor as a syscall.RawConn.
 type rawSocket struct{ s *Socket }
 

@@ -3,9 +3,11 @@
 package relay
 
 import (
+	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"syscall"
 	"time"
 )
 
@@ -23,11 +25,20 @@ func (s *Socket) CloseWrite() error {
 // Abort aborts the conn beneath.
 func (s *Socket) Abort() error { return Abort(s.Conn) }
 
+// SyscallConn returns the descriptor of the conn beneath.
+func (s *Socket) SyscallConn() (syscall.RawConn, error) {
+	if c, ok := s.Conn.(syscall.Conn); ok {
+		return c.SyscallConn()
+	}
+	return nil, errors.ErrUnsupported
+}
+
 // SocketListener returns ln.
 func SocketListener(ln net.Listener) (net.Listener, error) { return ln, nil }
 
 // DialSocket handles no dial here.
-func DialSocket(client net.Conn, to netip.AddrPort, timeout time.Duration, done func(*Socket, error)) (cancel func(error), handled bool) {
+func DialSocket(client net.Conn, to netip.AddrPort, timeout time.Duration, control func(network, address string, c syscall.RawConn) error,
+	done func(*Socket, error)) (cancel func(error), handled bool) {
 	return nil, false
 }
 

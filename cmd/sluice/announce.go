@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/sluice-proxy/sluice/internal/config"
@@ -19,6 +20,10 @@ func (p *program) announce(c *config.Config, services []*service) {
 		line = fmt.Sprintf("Forwarding %s to %s", show(at), in.To)
 	case "reverse":
 		line = fmt.Sprintf("Forwarding %s there to %s", show(at), in.To)
+	case "redirect":
+		line = "Redirected connections that come to " + show(at) + " go on to where they were going"
+	case "tproxy":
+		line = "What a TPROXY rule brings to " + show(at) + " goes on to where it was going"
 	case "socks5":
 		line = "SOCKS5 proxy on " + show(at)
 	case "http":
@@ -59,6 +64,9 @@ func tryIt(in config.Inbound, at net.Addr) string {
 	user := ""
 	if in.UsersFile != "" || in.UsersEnv != "" {
 		user = "--proxy-user NAME " // curl asks for the password
+	}
+	if in.Setup && (len(in.From) == 0 || slices.Contains(in.From, config.Source{})) {
+		return "curl https://example.com/"
 	}
 	switch in.Type {
 	case "mixed", "socks5":

@@ -44,6 +44,16 @@ func (o *options) addPort(fs *pflag.FlagSet) {
 	fs.BoolVar(&o.in.ReusePort, "reuse-port", false, "share the TCP port with other processes of this user that do so, too")
 }
 
+// addCapture adds the flags of transparent proxies.
+func (o *options) addCapture(fs *pflag.FlagSet) {
+	fs.BoolVar(&o.in.Setup, "setup", false, "set up the packet filter and the routing, and undo that at exit")
+	fs.Var((*sourcesValue)(&o.in.From), "from",
+		"with --setup: capture the traffic from this `source`, local (this machine, the default), an interface\n"+
+			"or a network; repeat for more")
+	fs.Var((*networksValue)(&o.in.Include), "include", "with --setup: capture only what is for this `network`; repeat for more")
+	fs.Var((*networksValue)(&o.in.Exclude), "exclude", "with --setup: leave alone what is for this `network`; repeat for more")
+}
+
 // addShared adds the flags of all commands that serve one inbound.
 func (o *options) addShared(fs *pflag.FlagSet) {
 	fs.SortFlags = false
@@ -208,3 +218,27 @@ func (n *networksValue) String() string {
 }
 
 func (n *networksValue) Type() string { return "networks" }
+
+// sourcesValue is a flag that may be repeated, and whose values may be joined by commas.
+type sourcesValue []config.Source
+
+func (v *sourcesValue) Set(s string) error {
+	for word := range strings.SplitSeq(s, ",") {
+		var from config.Source
+		if err := from.UnmarshalText([]byte(word)); err != nil {
+			return err
+		}
+		*v = append(*v, from)
+	}
+	return nil
+}
+
+func (v *sourcesValue) String() string {
+	var words []string
+	for _, s := range *v {
+		words = append(words, s.String())
+	}
+	return strings.Join(words, ",")
+}
+
+func (v *sourcesValue) Type() string { return "sources" }

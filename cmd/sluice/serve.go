@@ -61,6 +61,9 @@ func (p *program) serve(ctx context.Context, c *config.Config, announce func(*co
 	}
 	for i := range bounds {
 		if err := bounds[i].Start(); err != nil {
+			for _, s := range services {
+				s.bound.Inbound.Close() // and undo what it has set up
+			}
 			return err
 		}
 	}

@@ -6,10 +6,12 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/sluice-proxy/sluice/internal/capture"
 	"github.com/sluice-proxy/sluice/internal/inbound"
 	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
@@ -181,5 +183,42 @@ func TestSecretFilesAreReadOnce(t *testing.T) {
 	}
 	if got, err := reads.password("p", ""); got != "secret" || err != nil {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// TestCaptureMarks: what sluice sends itself can be told apart from what it captures, whatever the way out.
+func TestCaptureMarks(t *testing.T) {
+	const file = `
+inbounds:
+- {type: tproxy, listen: 1, setup: true, from: [local, lan0], exclude: [10.0.0.0/8]}
+- {type: mixed, listen: 2, via: ["socks5://10.0.0.9:1080"]}
+- {type: redirect, listen: 3, via: [lan]}
+outbounds:
+- {name: lan, type: direct, mark: 7}
+`
+	c, err := Load("s.yaml", []byte(file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	bounds, err := c.Build(nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := bounds[0].Inbound.(*inbound.TProxy)
+	k := p.Capture.(*capture.Capture)
+	if p.Mark != capture.Mark || !k.TProxy || !k.UDP || !slices.Equal(k.Marks, []uint32{7}) || len(k.From) != 2 || len(k.Exclude) != 1 {
+		t.Errorf("inbound %+v captures %+v", p, k)
+	}
+	if bounds[2].Inbound.(*inbound.Redirect).Capture != nil {
+		t.Error("a redirect without setup captures")
+	}
+	for i, want := range []int{capture.Mark, capture.Mark, 7} {
+		d := bounds[i].Router.(proxy.Static).Dialer
+		if s, ok := d.(*outbound.SOCKS5); ok {
+			d = s.Via
+		}
+		if got := d.(*outbound.Direct).Mark; got != want {
+			t.Errorf("%s has the mark %#x, want %#x", bounds[i].Name, got, want)
+		}
 	}
 }

@@ -89,6 +89,10 @@ type Inbound struct {
 	UsersFile   string   `yaml:"users-file"`   // lines of name:password
 	UsersEnv    string   `yaml:"users-env"`    // the variable that holds such lines
 	Open        bool     `yaml:"open"`         // anyone may use it, on a public address too
+	Setup       bool     `yaml:"setup"`        // bring the traffic here, by rules of the packet filter
+	From        []Source `yaml:"from"`         // whose traffic; empty: this machine's
+	Include     []Prefix `yaml:"include"`      // destinations whose traffic is brought here; empty: all
+	Exclude     []Prefix `yaml:"exclude"`      // destinations left alone although included
 	Allow       []Prefix `yaml:"allow"`        // clients let in; empty: all
 	Deny        []Prefix `yaml:"deny"`         // clients refused although allowed
 	MaxConns    int      `yaml:"max-conns"`    // sessions at a time; 0: no limit

@@ -94,11 +94,14 @@ func (c *Config) fillInbound(l *errorList, in *Inbound, path string, outboundsSo
 	} else if in.Mode != 0 && in.Listen.Network != "unix" && in.Listen.Network != "" {
 		l.add(path+".mode", "is for Unix sockets (listen: unix:///path)")
 	}
-	if t.isFar() && in.AcceptProxy {
+	if (t.isFar() || t.isTransparent()) && in.AcceptProxy {
 		l.add(path+".accept-proxy", "does not apply to type %s", t.name)
 	}
 	if in.ReusePort && in.Listen.Network != "" && in.Listen.Network != "tcp" && t.has("reuse-port") {
 		l.add(path+".reuse-port", "is for TCP ports, and %v is none", proxy.Addr(in.Listen))
+	}
+	if t.isTransparent() {
+		in.checkCapture(l, path)
 	}
 	users := in.UsersFile != "" || in.UsersEnv != "" || l.src.has(path+".users-file") || l.src.has(path+".users-env")
 	switch listen := proxy.Addr(in.Listen); {

@@ -2,6 +2,7 @@ package config
 
 import (
 	"bytes"
+	"encoding"
 	"errors"
 	"io/fs"
 	"os"
@@ -45,7 +46,7 @@ func TestFixtureSetsEveryField(t *testing.T) {
 				switch {
 				case f.Kind() == reflect.Struct && f.Type() == reflect.TypeFor[Log]():
 					below = append(below, f)
-				case f.Kind() == reflect.Slice && f.Type().Elem() != reflect.TypeFor[Prefix]() && f.Type().Elem().Kind() == reflect.Struct:
+				case f.Kind() == reflect.Slice && f.Type().Elem().Kind() == reflect.Struct && !reflect.PointerTo(f.Type().Elem()).Implements(reflect.TypeFor[encoding.TextUnmarshaler]()):
 					for j := range f.Len() {
 						below = append(below, f.Index(j))
 					}
@@ -207,7 +208,7 @@ inbounds: [{type: mixed, listen: 1}]
 		{"inbounds", `
 inbounds:
 - type: sock5       # inbounds[0].type: unknown type "sock5" (did you mean socks5?)
-- listen: 1         # inbounds[1].type: missing (one of forward, socks5, http, mixed, reverse)
+- listen: 1         # inbounds[1].type: missing (one of forward, socks5, http, mixed, reverse, redirect, tproxy)
 - type: forward     # inbounds[2].listen: missing # inbounds[2].to: missing
   open: true        # inbounds[2].open: does not apply to type forward
   max-conns: -1     # inbounds[2].max-conns: -1 is negative (remove the key for no limit)
@@ -385,6 +386,17 @@ outbounds:
 - {name: g, type: group, members: [a, h]}
 - {name: h, type: group, members: [direct]}
 `, ""},
+		{"capture", `
+inbounds:
+- {type: redirect, listen: 1, setup: true, from: [lan0]} # inbounds[0].from[0]: traffic from lan0 is redirected to an address of the interface where it comes in, and 127.0.0.1:1 is not one: listen at :1
+- {type: redirect, listen: "10.0.0.1:2", setup: true} # inbounds[1].listen: traffic of this machine is redirected to its loopback address: listen at 2, or at :2
+- {type: redirect, listen: "10.0.0.1:3", setup: true, from: [lan0]}
+- {type: tproxy, listen: 4, include: [10.0.0.0/8]} # inbounds[3].include: is about the rules that setup: true makes, which is not given
+- {type: tproxy, listen: "unix:///run/x"} # inbounds[4].listen: type tproxy listens at an IP address and port only
+- {type: tproxy, listen: 5, setup: true, from: ["10.0.0.1/8", "x/y", "interface-of-lan"]} # inbounds[5].from[0]: "10.0.0.1/8" has bits behind the prefix: write 10.0.0.0/8, or 10.0.0.1 for one address # inbounds[5].from[1]: "x/y" is not local, the name of an interface or a network (as in 10.0.0.0/8) # inbounds[5].from[2]: "interface-of-lan" is not local, the name of an interface or a network (as in 10.0.0.0/8)
+- {type: tproxy, listen: 6, accept-proxy: true} # inbounds[6].accept-proxy: does not apply to type tproxy
+- {type: socks5, listen: 7, setup: true} # inbounds[7].setup: does not apply to type socks5
+`, ""},
 		{"rules", `
 inbounds:
 - {name: web, type: mixed, listen: 1}
@@ -449,9 +461,9 @@ rules:
 // TestErrorsInOrder: the complaints come in the order of the file, whichever step found them.
 func TestErrorsInOrder(t *testing.T) {
 	_, err := Load("s.yaml", []byte("inbounds:\n- type: x\n  listen: y\n- type: z\nfoo: 1\n"))
-	want := "s.yaml:2: inbounds[0].type: unknown type \"x\" (known: forward, socks5, http, mixed, reverse)\n" +
+	want := "s.yaml:2: inbounds[0].type: unknown type \"x\" (known: forward, socks5, http, mixed, reverse, redirect, tproxy)\n" +
 		"s.yaml:3: inbounds[0].listen: address \"y\": missing port (as in y:80)\n" +
-		"s.yaml:4: inbounds[1].type: unknown type \"z\" (known: forward, socks5, http, mixed, reverse)\n" +
+		"s.yaml:4: inbounds[1].type: unknown type \"z\" (known: forward, socks5, http, mixed, reverse, redirect, tproxy)\n" +
 		"s.yaml:5: foo: unknown key (known: log, idle, half-open, dial-timeout, handshake-timeout, grace, busy-poll, inbounds, outbounds, rules)"
 	if err == nil || err.Error() != want {
 		t.Errorf("got\n%v\nwant\n%s", err, want)

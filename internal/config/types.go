@@ -16,6 +16,8 @@ var inboundTypes = []inboundType{
 	{"http", httpProxy, "", portKeys + " " + usersKeys},
 	{"mixed", mixed, "", portKeys + " " + usersKeys},
 	{"reverse", reverse, "to via", ""},
+	{"redirect", redirect, "", captureKeys},
+	{"tproxy", tproxy, "", captureKeys},
 }
 
 // outboundTypes is the table of outbound types. A new one is a file in package outbound and a line
@@ -36,6 +38,7 @@ const (
 		"rate-per-session rate quota-per-session" // every inbound
 	portKeys     = "reuse-port"                          // whatever binds a port here
 	usersKeys    = "users-file users-env open"           // every proxy
+	captureKeys  = "setup from include exclude"          // what traffic is brought to without its knowledge
 	outboundKeys = "name type"                           // every outbound
 	serverKeys   = "user password-file password-env via" // every upstream proxy
 )
@@ -68,6 +71,9 @@ func (t *inboundType) isProxy() bool { return t.has("open") }
 
 // isFar says whether it listens at the last hop, and not on this machine.
 func (t *inboundType) isFar() bool { return hasWord("via", t.needs) }
+
+// isTransparent says whether clients come to it without their knowledge.
+func (t *inboundType) isTransparent() bool { return t.has("setup") }
 
 func (t *inboundType) has(key string) bool {
 	return hasWord(key, inboundKeys, t.needs, t.takes)

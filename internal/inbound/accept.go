@@ -49,7 +49,8 @@ type Listener struct {
 	HandshakeTimeout time.Duration // from accept to the end of the handshake; 0: 10 s
 	Log              *slog.Logger  // nil: silent
 
-	s *listening // nil before Listen
+	control sockopt.Control // options of the listening socket; nil: none
+	s       *listening      // nil before Listen
 }
 
 // listening is what a Listener is once bound.
@@ -80,12 +81,15 @@ func (l *Listener) Listen(ctx context.Context) error {
 	if l.s != nil {
 		return errors.New("inbound: Listen was called twice")
 	}
-	var control sockopt.Control
+	control := l.control
 	if l.ReusePort {
 		if l.Addr.Network != "tcp" {
 			return fmt.Errorf("inbound: %v: only a TCP port can be shared", l.Addr)
 		}
 		control = sockopt.ReusePort
+		if l.control != nil {
+			control = sockopt.All(l.control, sockopt.ReusePort)
+		}
 	}
 	ln, err := bind(ctx, l.Addr, l.Mode, control)
 	if l.ReusePort && errors.Is(err, syscall.EADDRINUSE) {

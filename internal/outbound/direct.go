@@ -37,7 +37,7 @@ var (
 
 // DialStream implements proxy.Dialer. It returns a *net.TCPConn or a *net.UnixConn.
 func (d *Direct) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, error) {
-	dialer := net.Dialer{Timeout: d.Timeout, KeepAliveConfig: sockopt.KeepAlive(), Resolver: d.Resolver}
+	dialer := net.Dialer{Timeout: d.Timeout, KeepAliveConfig: sockopt.KeepAlive(), Resolver: d.resolver()}
 	switch {
 	case dst.Network == "unix":
 	case dst.Network != "tcp":
@@ -59,21 +59,31 @@ func (d *Direct) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, erro
 	return c, nil
 }
 
-// StartDial implements proxy.Starter, for IP addresses and the kernel's choice of the way.
+// StartDial implements proxy.Starter, for IP addresses, and the kernel's choice of our own.
 func (d *Direct) StartDial(client net.Conn, dst proxy.Addr, timeout time.Duration, done func(net.Conn, error)) (cancel func(error), handled bool) {
-	if dst.Network != "tcp" || !dst.IP().IsValid() || d.BindAddr.IsValid() || d.Interface != "" || d.Mark != 0 {
+	if dst.Network != "tcp" || !dst.IP().IsValid() || d.BindAddr.IsValid() {
 		return nil, false
 	}
 	if d.Timeout > 0 && (timeout == 0 || d.Timeout < timeout) {
 		timeout = d.Timeout
 	}
-	return relay.DialSocket(client, netip.AddrPortFrom(dst.IP(), dst.Port), timeout, func(s *relay.Socket, err error) {
+	return relay.DialSocket(client, netip.AddrPortFrom(dst.IP(), dst.Port), timeout, d.control(), func(s *relay.Socket, err error) {
 		if err != nil {
 			done(nil, d.explain(err))
 			return
 		}
 		done(s, nil)
 	})
+}
+
+// resolver returns the one that resolves names. With a mark, its questions bear that, too, or a rule that captures all that does not
+// would bring them back to us.
+func (d *Direct) resolver() *net.Resolver {
+	if d.Resolver != nil || d.Mark == 0 {
+		return d.Resolver
+	}
+	dialer := net.Dialer{Control: sockopt.Mark(d.Mark)}
+	return &net.Resolver{PreferGo: true, Dial: dialer.DialContext}
 }
 
 func (d *Direct) control() sockopt.Control {
