@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
@@ -59,6 +60,29 @@ func (l *lab) DialStream(ctx context.Context, dst proxy.Addr) (c net.Conn, err e
 		c, err = new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(dst.Port))))
 	})
 	return c, err
+}
+
+// DialPackets implements proxy.PacketDialer.
+func (l *lab) DialPackets(ctx context.Context, dst proxy.Addr) (relay.PacketConn, error) {
+	var c *net.UDPConn
+	var err error
+	in(l.ns, func() { c, err = net.ListenUDP("udp4", nil) })
+	return labPackets{c}, err
+}
+
+// labPackets sends to the ports of its datagrams on the lab's loopback.
+type labPackets struct{ *net.UDPConn }
+
+func (c labPackets) ReadPacket(p *relay.Packet) error {
+	b := p.Grow(2000)
+	n, from, err := c.ReadFromUDPAddrPort(b)
+	p.Data, p.Endpoint = b[:n], relay.Endpoint{IP: netip.MustParseAddr(host4), Port: from.Port()}
+	return err
+}
+
+func (c labPackets) WritePacket(p *relay.Packet) error {
+	_, err := c.WriteToUDPAddrPort(p.Data, netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), p.Endpoint.Port))
+	return err
 }
 
 // in runs f on a thread in a namespace.
@@ -147,6 +171,58 @@ func BenchmarkBulk(b *testing.B) {
 					b.ReportMetric(cost, "cpu-s/GB")
 				}
 			})
+		}
+	}
+}
+
+// BenchmarkDatagrams measures the loss at 500 Mbit/s each way.
+func BenchmarkDatagrams(b *testing.B) {
+	proxytest.Need(b, "iperf3")
+	l := newLab(b)
+	server := exec.Command("iperf3", "-s", "-p", "5201")
+	in(l.ns, func() { server.Start() })
+	defer server.Wait()
+	defer server.Process.Kill()
+	time.Sleep(300 * time.Millisecond)
+	bed := newBed(b, engine(l), nil, tundev.Options{})
+	for name, dir := range map[string][]string{"up": nil, "down": {"-R"}} {
+		b.Run(name, func(b *testing.B) {
+			for range b.N {
+				cmd := exec.Command("iperf3", append([]string{"-c", host4, "-u", "-b", "500M", "-l", "1400", "-t", "3", "-J"}, dir...)...)
+				before := cpu()
+				var out []byte
+				var err error
+				in(bed.ns, func() { out, err = cmd.Output() })
+				used := cpu() - before
+				var res struct {
+					End struct {
+						Sum struct {
+							Bytes float64 `json:"bytes"`
+							Lost  float64 `json:"lost_percent"`
+						} `json:"sum"`
+					} `json:"end"`
+				}
+				if err != nil || json.Unmarshal(out, &res) != nil {
+					b.Fatalf("%v: %v: %s", cmd, err, out)
+				}
+				b.ReportMetric(res.End.Sum.Lost, "%lost")
+				b.ReportMetric(used.Seconds()/(res.End.Sum.Bytes/1e9), "cpu-s/GB")
+			}
+		})
+	}
+}
+
+// BenchmarkPingPong measures one byte there and back.
+func BenchmarkPingPong(b *testing.B) {
+	origin := proxytest.Listen(b, "tcp", proxytest.Echo)
+	bed := newBed(b, engine(toLoopback{}), nil, tundev.Options{})
+	c := bed.dial(at(host4, origin))
+	c.SetDeadline(time.Time{})
+	one := make([]byte, 1)
+	for b.Loop() {
+		c.Write(one)
+		if _, err := c.Read(one); err != nil {
+			b.Fatal(err)
 		}
 	}
 }

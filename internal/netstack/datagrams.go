@@ -131,11 +131,26 @@ func (s *session) recovered() {
 	s.Close()
 }
 
+// take takes a datagram that did not come by the stack.
+func (d *datagrams) take(client, dst netip.AddrPort, data []byte) {
+	s := d.session(client, dst)
+	if s == nil {
+		return
+	}
+	p := relay.Packet{Endpoint: relay.EndpointOf(dst)}
+	copy(p.Grow(len(data)), data)
+	s.queueOrDrop(p)
+}
+
 // put queues a datagram to dst, which is the next n bytes of pkt, or drops it.
 func (s *session) put(dst netip.AddrPort, pkt *stack.PacketBuffer, n int) {
 	p := relay.Packet{Endpoint: relay.EndpointOf(dst)}
 	w := tcpip.SliceWriter(p.Grow(n))
 	pkt.Data().ReadTo(&w, false)
+	s.queueOrDrop(p)
+}
+
+func (s *session) queueOrDrop(p relay.Packet) {
 	if !s.enqueue(p) {
 		p.Free()
 		s.d.drop()

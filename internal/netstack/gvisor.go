@@ -47,7 +47,7 @@ func (r *running) newStack() error {
 	s.SetTransportProtocolHandler(icmp.ProtocolNumber4, r.echo.handle)
 	s.SetTransportProtocolHandler(icmp.ProtocolNumber6, r.echo.handle)
 	r.tcp.newForwarder()
-	r.link.syn = r.tcp.reopens
+	r.link.syn, r.link.udp = r.tcp.reopens, r.udp.take
 
 	var err tcpip.Error
 	set := func(o tcpip.SettableTransportProtocolOption) {

@@ -2,12 +2,14 @@ package netstack
 
 import (
 	"errors"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
@@ -31,6 +33,8 @@ type link struct {
 	valid      atomic.Bool // the sums of the packet that is being delivered are known to be right
 	// syn is shown each SYN, before the stack; may be nil.
 	syn func(tcpip.NetworkProtocolNumber, stack.TransportEndpointID)
+	// udp takes each datagram that comes in one small packet, and keeps nothing of data; may be nil.
+	udp func(client, dst netip.AddrPort, data []byte)
 }
 
 var (
@@ -72,6 +76,9 @@ func (l *link) read() error {
 		if err != nil {
 			return err
 		}
+		if n <= len(bufs[0]) && l.udp != nil && l.datagram(&h, bufs[0][:n]) {
+			continue
+		}
 		var payload buffer.Buffer
 		for i := range views {
 			if n <= 0 {
@@ -109,6 +116,44 @@ func (l *link) deliver(h *tundev.Header, payload buffer.Buffer) {
 		l.lookForSYN(pkt, header.IPv6MinimumSize)
 		l.dispatcher.DeliverNetworkPacket(header.IPv6ProtocolNumber, pkt)
 	}
+}
+
+// datagram takes a packet past the stack if it is a plain datagram; all others, also those that are wrong, are the stack's.
+func (l *link) datagram(h *tundev.Header, b []byte) bool {
+	var u header.UDP
+	var src, dst tcpip.Address
+	switch {
+	case len(b) == 0 || h.GSO != tundev.GSONone:
+		return false
+	case b[0] == header.IPv4Version<<4|header.IPv4MinimumSize/4:
+		ip := header.IPv4(b)
+		if !ip.IsValid(len(b)) || ip.Protocol() != uint8(header.UDPProtocolNumber) || ip.More() || ip.FragmentOffset() != 0 ||
+			!ip.IsChecksumValid() {
+			return false
+		}
+		u, src, dst = header.UDP(ip.Payload()), ip.SourceAddress(), ip.DestinationAddress()
+	case b[0]>>4 == header.IPv6Version:
+		ip := header.IPv6(b)
+		if !ip.IsValid(len(b)) || ip.NextHeader() != uint8(header.UDPProtocolNumber) {
+			return false
+		}
+		u, src, dst = header.UDP(ip.Payload()), ip.SourceAddress(), ip.DestinationAddress()
+	}
+	if len(u) < header.UDPMinimumSize || int(u.Length()) != len(u) {
+		return false
+	}
+	if !h.NeedsCsum && !h.CsumValid {
+		isV4 := src.Len() == header.IPv4AddressSize
+		if sum := u.Checksum(); sum == 0 && !isV4 || sum != 0 && !u.IsChecksumValid(src, dst, checksum.Checksum(u.Payload(), 0)) {
+			return false
+		}
+	}
+	client, place := addrPort(src, u.SourcePort()), addrPort(dst, u.DestinationPort())
+	if !isHost(client) || !isHost(place) {
+		return false
+	}
+	l.udp(client, place, u.Payload())
+	return true
 }
 
 // lookForSYN shows the SYNs of packets without options or extensions, whose IP header has a size.

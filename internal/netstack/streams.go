@@ -297,9 +297,13 @@ func (p *pending) recovered() {
 }
 
 // isUnicast says whether a stream or an answer can come from an address.
-func isUnicast(a tcpip.Address) bool {
-	ip := addrPort(a, 0).Addr()
-	return ip.IsValid() && !ip.IsUnspecified() && !ip.IsMulticast() && ip != netip.AddrFrom4([4]byte{255, 255, 255, 255})
+func isUnicast(a tcpip.Address) bool { return isHost(addrPort(a, 1)) }
+
+// isHost says whether a can be a place at a host, other than the device's own.
+func isHost(a netip.AddrPort) bool {
+	ip := a.Addr()
+	return ip.IsValid() && !ip.IsUnspecified() && !ip.IsMulticast() && !ip.IsLoopback() &&
+		ip != netip.AddrFrom4([4]byte{255, 255, 255, 255}) && a.Port() != 0
 }
 
 // An episode is a time of trouble, which is logged once: when it begins.
