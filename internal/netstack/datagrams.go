@@ -3,6 +3,7 @@ package netstack
 import (
 	"net"
 	"net/netip"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -37,7 +38,7 @@ func (d *datagrams) init(r *running, most int) {
 
 // The bounds of what waits for a session to read it: datagrams, and the memory that holds them.
 const (
-	queueMax      = 1024
+	queueMax      = 2048
 	queueBytesMax = 4 << 20
 )
 
@@ -151,18 +152,26 @@ func (s *session) put(dst netip.AddrPort, pkt *stack.PacketBuffer, n int) {
 }
 
 func (s *session) queueOrDrop(p relay.Packet) {
-	if !s.enqueue(p) {
+	waiting, ok := s.enqueue(p)
+	if !ok {
 		p.Free()
 		s.d.drop()
 	}
+	if waiting%yieldAt == yieldAt-1 {
+		runtime.Gosched() // a burst must not fill the queue before its session had a chance
+	}
 }
 
-func (s *session) enqueue(p relay.Packet) bool {
+// yieldAt is after how many datagrams that wait the reader lets others run.
+const yieldAt = 128
+
+// enqueue returns how many datagrams wait, and whether p is one of them.
+func (s *session) enqueue(p relay.Packet) (waiting int, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	size := cap(p.Data)
 	if s.closed || len(s.queue)-s.first >= queueMax || s.bytes+size > queueBytesMax {
-		return false
+		return len(s.queue) - s.first, false
 	}
 	s.bytes += size
 	s.queue = append(s.queue, p)
@@ -170,7 +179,7 @@ func (s *session) enqueue(p relay.Packet) bool {
 	case s.ready <- struct{}{}:
 	default:
 	}
-	return true
+	return len(s.queue) - s.first, true
 }
 
 // drop counts a datagram that its session had no room for.

@@ -127,7 +127,11 @@ func fuzzPackets(t *testing.T, in []byte) {
 			t.Error("Serve does not return")
 		}
 	}()
-	inject := func(h tundev.Header, b []byte) { s.r.link.deliver(&h, buffer.MakeWithData(b)) }
+	inject := func(h tundev.Header, b []byte) {
+		if !s.r.link.datagram(&h, b) {
+			s.r.link.deliver(&h, buffer.MakeWithData(b))
+		}
+	}
 	for s.r.link.dispatcher == nil || !serving(s) {
 		time.Sleep(10 * time.Microsecond)
 	}
