@@ -4,12 +4,21 @@
 // gVisor's TCP/IP. A SYN becomes a pending stream, which is answered when the destination was dialled and as the
 // dial ended: by a SYN-ACK, a RST, an ICMP message, or silence. The datagrams of one source become one session,
 // whatever their destinations.
+//
+// Packets are up to 64 KiB both ways, however small the device's MTU: the kernel cuts and joins them. See package tundev.
 package netstack
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/tundev"
@@ -31,6 +40,7 @@ type Stack struct {
 
 	Log *slog.Logger // nil: silent
 
+	r *running // nil before Listen
 }
 
 // The defaults of a Stack's budgets.
@@ -41,14 +51,167 @@ const (
 
 var _ proxy.Inbound = (*Stack)(nil)
 
+// running is what a Stack is once it listens.
+type running struct {
+	settings *Stack
+	log      *slog.Logger
+	link     *link
+	stack    *stack.Stack
+	tcp      streams
+	udp      datagrams
+	echo     echoes
+
+	ctx     context.Context // of Serve: sessions end with it
+	cancel  context.CancelCauseFunc
+	handler proxy.Handler
+
+	packetID atomic.Uint32 // of the last packet of IPv4 that was made here
+	sessions sync.WaitGroup
+
+	mu      sync.Mutex
+	refuses bool // no new sessions
+	closed  chan struct{}
+}
+
 // Listen implements proxy.Inbound: it opens the device.
-func (s *Stack) Listen(ctx context.Context) error { panic("not yet") }
+func (s *Stack) Listen(ctx context.Context) error {
+	if s.r != nil {
+		return errors.New("netstack: Listen was called twice")
+	}
+	dev, err := s.Open(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.listenOn(dev); err != nil {
+		dev.Close()
+		return err
+	}
+	return nil
+}
 
-// Serve implements proxy.Inbound. It returns an error that wraps [tundev.ErrGone] when the device was deleted.
-func (s *Stack) Serve(ctx context.Context, h proxy.Handler) error { panic("not yet") }
-
-// Close implements proxy.Inbound. New streams are not taken any more; those there are go on until Serve's context ends them.
-func (s *Stack) Close() error { panic("not yet") }
+// listenOn makes the stack on a device.
+func (s *Stack) listenOn(dev device) error {
+	log := s.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	r := &running{settings: s, log: log.With("inbound", s.Name), link: newLink(dev), closed: make(chan struct{})}
+	r.tcp.init(r, s.MaxPending)
+	r.udp.init(r, s.MaxSessions)
+	r.echo.init(r)
+	if err := r.newStack(); err != nil {
+		return err
+	}
+	s.r = r
+	return nil
+}
 
 // Device returns the device that Listen opened; nil before.
-func (s *Stack) Device() *tundev.Device { panic("not yet") }
+func (s *Stack) Device() *tundev.Device {
+	if s.r == nil {
+		return nil
+	}
+	d, _ := s.r.link.dev.(*tundev.Device)
+	return d
+}
+
+// Close implements proxy.Inbound. New streams and sources of datagrams are not taken any more; those there are go on. The device is
+// closed when Serve returns; before Serve, at once.
+func (s *Stack) Close() error {
+	r := s.r
+	if r == nil {
+		return nil
+	}
+	r.mu.Lock()
+	first, serving := !r.refuses, r.handler != nil
+	r.refuses = true
+	if first {
+		close(r.closed)
+	}
+	r.mu.Unlock()
+	if first && !serving {
+		r.tearDown()
+	}
+	return nil
+}
+
+// Serve implements proxy.Inbound. It returns an error that wraps [tundev.ErrGone] when the device was deleted.
+func (s *Stack) Serve(ctx context.Context, h proxy.Handler) error {
+	r := s.r
+	if r == nil {
+		return errors.New("netstack: Serve was called before Listen")
+	}
+	r.mu.Lock()
+	if r.refuses {
+		r.mu.Unlock()
+		return nil
+	}
+	r.ctx, r.cancel = context.WithCancelCause(ctx)
+	r.handler = h
+	r.mu.Unlock()
+	defer r.cancel(nil)
+
+	reading := make(chan error, 1)
+	go r.read(reading)
+	var err error
+	select {
+	case err = <-reading: // the device is gone
+		s.Close()
+		r.cancel(err)
+	case <-ctx.Done():
+		s.Close()
+	case <-r.closed:
+	}
+	r.sessions.Wait()
+	if err == nil {
+		r.linger()
+		r.link.dev.Close()
+		<-reading
+	}
+	r.tearDown()
+	return err
+}
+
+// read passes the device's packets to the stack until the device is closed.
+func (r *running) read(done chan<- error) {
+	err := r.link.read()
+	if r.isClosing(err) {
+		err = nil
+	}
+	if err != nil {
+		err = fmt.Errorf("netstack: %w", err)
+	}
+	done <- err
+}
+
+// begins takes a session, unless the stack takes none any more. The caller calls r.sessions.Done once for it.
+func (r *running) begins() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.refuses || r.handler == nil {
+		return false
+	}
+	r.sessions.Add(1)
+	return true
+}
+
+// lingerMax is how long Serve waits, after its last session, for peers to take what was sent to them.
+const lingerMax = 3 * time.Second
+
+// linger waits until the peers have the last bytes and the ends of the streams that are over.
+func (r *running) linger() {
+	for deadline := time.Now().Add(lingerMax); r.ctx.Err() == nil && time.Now().Before(deadline); {
+		if !r.unfinished() {
+			return
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-r.ctx.Done():
+		}
+	}
+}
+
+func (r *running) tearDown() {
+	r.link.dev.Close()
+	r.stack.Destroy()
+}
