@@ -126,7 +126,6 @@ func TestDatagramsRefused(t *testing.T) {
 	}
 }
 
-
 // recvErr4 has the kernel tell c also of hosts and nets that are unreachable.
 func recvErr4(t *testing.T, c net.Conn) { setInt(t, c, syscall.IPPROTO_IP, syscall.IP_RECVERR) }
 

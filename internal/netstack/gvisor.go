@@ -45,6 +45,7 @@ func (r *running) newStack() error {
 	s.SetTransportProtocolHandler(icmp.ProtocolNumber4, r.echo.handle)
 	s.SetTransportProtocolHandler(icmp.ProtocolNumber6, r.echo.handle)
 	r.tcp.newForwarder()
+	r.link.syn = r.tcp.reopens
 
 	var err tcpip.Error
 	set := func(o tcpip.SettableTransportProtocolOption) {

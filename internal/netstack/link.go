@@ -28,10 +28,8 @@ type link struct {
 	mtu        atomic.Uint32
 	dispatcher stack.NetworkDispatcher // set before the first packet
 	slices     sync.Pool
-	valid      atomic.Bool // the sums of the packet that is being delivered are known to be right
-
-	// before is shown each packet that was read, before the stack; true is to drop it.
-	before func(pkt []byte) (drop bool)
+	valid      atomic.Bool                                                  // the sums of the packet that is being delivered are known to be right
+	syn        func(tcpip.NetworkProtocolNumber, stack.TransportEndpointID) // is shown each SYN, before the stack; may be nil
 }
 
 var (
@@ -92,9 +90,9 @@ func (l *link) read() error {
 func (l *link) deliver(h *tundev.Header, payload buffer.Buffer) {
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: payload})
 	defer pkt.DecRef()
-	first, ok := pkt.Data().PullUp(1)
-	if !ok {
-		return
+	var version byte
+	if head, ok := pkt.Data().PullUp(1); ok {
+		version = head[0] >> 4
 	}
 	if valid := h.NeedsCsum || h.CsumValid; valid != l.valid.Load() {
 		l.valid.Store(valid)
@@ -102,11 +100,36 @@ func (l *link) deliver(h *tundev.Header, payload buffer.Buffer) {
 	if h.GSO == tundev.GSOUDP {
 		pkt.GSOOptions.MSS = h.SegSize // for the datagrams' handler
 	}
-	switch first[0] >> 4 {
+	switch version {
 	case header.IPv4Version:
+		l.lookForSYN(pkt, header.IPv4MinimumSize)
 		l.dispatcher.DeliverNetworkPacket(header.IPv4ProtocolNumber, pkt)
 	case header.IPv6Version:
+		l.lookForSYN(pkt, header.IPv6MinimumSize)
 		l.dispatcher.DeliverNetworkPacket(header.IPv6ProtocolNumber, pkt)
+	}
+}
+
+// lookForSYN shows the SYNs of packets without options or extensions, whose IP header has a size.
+func (l *link) lookForSYN(pkt *stack.PacketBuffer, size int) {
+	b, ok := pkt.Data().PullUp(size + header.TCPMinimumSize)
+	if !ok || l.syn == nil {
+		return
+	}
+	t := header.TCP(b[size:])
+	if t.Flags()&(header.TCPFlagSyn|header.TCPFlagAck) != header.TCPFlagSyn {
+		return
+	}
+	id := stack.TransportEndpointID{LocalPort: t.DestinationPort(), RemotePort: t.SourcePort()}
+	if size == header.IPv4MinimumSize {
+		h := header.IPv4(b)
+		if h.Protocol() == uint8(header.TCPProtocolNumber) && int(h.HeaderLength()) == size && h.FragmentOffset() == 0 {
+			id.LocalAddress, id.RemoteAddress = h.DestinationAddress(), h.SourceAddress()
+			l.syn(header.IPv4ProtocolNumber, id)
+		}
+	} else if h := header.IPv6(b); h.TransportProtocol() == header.TCPProtocolNumber {
+		id.LocalAddress, id.RemoteAddress = h.DestinationAddress(), h.SourceAddress()
+		l.syn(header.IPv6ProtocolNumber, id)
 	}
 }
 

@@ -101,6 +101,15 @@ func (r *running) sendLongUDP(src, dst tcpip.Address, sum uint16, fields header.
 	return nil
 }
 
+// sendProbe sends a segment without flags.
+func (r *running) sendProbe(id stack.TransportEndpointID, seq uint32) {
+	p := r.newPacket(addrPort(id.LocalAddress, 0).Addr(), addrPort(id.RemoteAddress, 0).Addr(), header.TCPProtocolNumber, header.TCPMinimumSize, 0)
+	h := header.TCP(p.payload())
+	h.Encode(&header.TCPFields{SrcPort: id.LocalPort, DstPort: id.RemotePort, SeqNum: seq, DataOffset: header.TCPMinimumSize})
+	h.SetChecksum(^h.CalculateChecksum(header.PseudoHeaderChecksum(header.TCPProtocolNumber, id.LocalAddress, id.RemoteAddress, header.TCPMinimumSize)))
+	r.link.dev.WritePacket(tundev.Header{}, [][]byte{p.b})
+}
+
 // unreachableCodes are the codes of ICMP's and ICMPv6's message, by reason. For others the port is unreachable.
 var unreachableCodes = map[proxy.Reason]struct{ v4, v6 byte }{
 	proxy.NetUnreachable:  {0, 0},

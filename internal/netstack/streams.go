@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"runtime/debug"
@@ -49,7 +50,7 @@ func (t *streams) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) 
 	h := header.TCP(pkt.TransportHeader().Slice())
 	switch flags := h.Flags(); {
 	case flags.Contains(header.TCPFlagRst):
-		t.reset(id, h.SequenceNumber())
+		t.reset(id, h)
 		return true
 	case !flags.Contains(header.TCPFlagSyn) || flags.Contains(header.TCPFlagAck):
 		return false
@@ -57,7 +58,7 @@ func (t *streams) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) 
 	if !isUnicast(id.LocalAddress) || !isUnicast(id.RemoteAddress) || id.LocalPort == 0 || id.RemotePort == 0 {
 		return true
 	}
-	p := &pending{t: t, id: id, seq: h.SequenceNumber()}
+	p := &pending{t: t, id: id, seq: h.SequenceNumber(), probeSeq: rand.Uint32()}
 	taken, fresh := t.enter(p)
 	if !taken {
 		return !fresh
@@ -86,6 +87,7 @@ func (t *streams) enter(p *pending) (taken, fresh bool) {
 		return false, true
 	}
 	t.pending[p.id] = p
+	p.probing = time.AfterFunc(firstProbe, p.probe)
 	return true, true
 }
 
@@ -93,19 +95,33 @@ func (t *streams) leave(p *pending) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.pending, p.id)
+	p.probing.Stop()
 }
 
-// reset gives up the dial of a client that has reset its stream.
-func (t *streams) reset(id stack.TransportEndpointID, seq uint32) {
+// reset gives up the dial of a client that has reset its stream, or answered a probe.
+func (t *streams) reset(id stack.TransportEndpointID, h header.TCP) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	p := t.pending[id]
-	if p == nil || p.wasReset || seq != p.seq && seq != p.seq+1 {
+	if p == nil || p.wasReset {
+		return
+	}
+	seq := h.SequenceNumber()
+	probed := h.Flags().Contains(header.TCPFlagAck) && h.AckNumber() == p.probeSeq
+	if !probed && seq != p.seq && seq != p.seq+1 {
 		return
 	}
 	p.wasReset = true
 	if p.failed != nil {
 		p.failed()
+	}
+}
+
+// reopens is shown each SYN before the stack. One for a stream that is in TIME_WAIT is for a new one (RFC 1122 section 4.2.2.13).
+func (t *streams) reopens(proto tcpip.NetworkProtocolNumber, id stack.TransportEndpointID) {
+	ep, ok := t.r.stack.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nicID).(*tcp.Endpoint)
+	if ok && ep.EndpointState() == tcp.StateTimeWait {
+		ep.Abort()
 	}
 }
 
@@ -132,7 +148,11 @@ type pending struct {
 	req  *tcp.ForwarderRequest // nil once it is answered
 	done atomic.Bool
 
+	probeSeq uint32 // of the probes
+	probing  *time.Timer
+
 	// guarded by t.mu
+	probes   uint // how many were sent
 	wasReset bool
 	failed   func() // to be called when it is reset
 }
@@ -177,6 +197,23 @@ func (c *pendingConn) Failure() error {
 		return syscall.ECONNRESET
 	}
 	return nil
+}
+
+// firstProbe is when a client that waits is first asked whether it still does; the times double from there.
+const firstProbe = 250 * time.Millisecond
+
+// probe asks the client whether it still waits. One that closes its socket says nothing of it before it has
+// had an answer, so that its destination would be dialled in vain. A segment without any flag is ignored by
+// who has sent a SYN, and answered by a RST by who knows of none (RFC 9293 sections 3.10.7.3 and 3.10.7.1).
+func (p *pending) probe() {
+	p.t.mu.Lock()
+	defer p.t.mu.Unlock()
+	if p.t.pending[p.id] != p || p.wasReset {
+		return
+	}
+	p.t.r.sendProbe(p.id, p.probeSeq)
+	p.probing.Reset(firstProbe << min(p.probes, 8))
+	p.probes++
 }
 
 // Accept answers by a SYN-ACK and waits for the client's ACK.
