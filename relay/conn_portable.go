@@ -23,6 +23,12 @@ type queuer interface {
 	Unsent() (n int, ok bool)
 }
 
+// packer is a conn whose writes become packets.
+type packer interface {
+	// WriteSize returns how many bytes one Write takes best.
+	WriteSize() int
+}
+
 // conn is a side of a pair under the portable engine: the conn and what it can do beyond
 // io.ReadWriteCloser.
 type conn struct {
@@ -148,8 +154,12 @@ type reader struct {
 	try   func(fd uintptr) bool // rd.tryRead, made once
 }
 
-func (c *conn) newReader() *reader {
+// newReader returns a reader of c for what will be written to dst.
+func (c *conn) newReader(dst *conn) *reader {
 	rd := &reader{c: c}
+	if p, ok := dst.rwc.(packer); ok {
+		rd.limit = p.WriteSize()
+	}
 	rd.try = rd.tryRead
 	return rd
 }

@@ -292,7 +292,7 @@ func (p *pair) copy(s Side) event {
 			return event{evWriteErr, s, err}
 		}
 	}
-	rd := src.newReader()
+	rd := src.newReader(dst)
 	defer rd.release()
 	for {
 		probe := false

@@ -12,10 +12,12 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
+	"github.com/sluice-proxy/sluice/internal/tundev"
 	"github.com/sluice-proxy/sluice/relay"
 )
 
@@ -270,6 +272,12 @@ func (c *conn) writeError(err tcpip.Error) error {
 	}
 	return c.opError("write", c.broken(err))
 }
+
+// WriteSize tells the relay to write what fits one packet.
+func (c *conn) WriteSize() int { return writeSize }
+
+// writeSize is what gVisor sends at once of a link of 64 KiB: packets without the largest headers there are.
+const writeSize = tundev.PacketMax - header.TCPTotalHeaderMaximumSize - 1
 
 // payload is a tcpip.Payloader of bytes.
 type payload struct{ b []byte }
