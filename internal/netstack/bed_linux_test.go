@@ -147,8 +147,11 @@ func (b *bed) close() {
 // wait returns what Serve has returned.
 func (b *bed) wait() error {
 	select {
-	case b.err = <-b.served:
-		close(b.served)
+	case err, first := <-b.served:
+		if first {
+			b.err = err
+			close(b.served)
+		}
 	case <-time.After(3 * proxytest.Patience):
 		buf := make([]byte, 1<<20)
 		b.t.Fatalf("Serve does not return:\n%s", buf[:runtime.Stack(buf, true)])
