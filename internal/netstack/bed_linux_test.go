@@ -4,11 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"runtime"
 	"strconv"
 	"sync"
@@ -22,7 +20,6 @@ import (
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/proxytest"
 	"github.com/sluice-proxy/sluice/internal/tundev"
-	"github.com/sluice-proxy/sluice/relay"
 )
 
 // The addresses of a bed: those of the namespace, and those that stand for hosts beyond it.
@@ -99,10 +96,6 @@ func (b *bed) setUp(o tundev.Options) (*tundev.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	// As of old kernels and many namespaces: IPv6 may be off.
-	for _, f := range []string{"all", "default"} {
-		os.WriteFile("/proc/thread-self/net/../../sys/net/ipv6/conf/"+f+"/disable_ipv6", []byte("0"), 0)
-	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return nil, err
@@ -118,14 +111,18 @@ func (b *bed) setUp(o tundev.Options) (*tundev.Device, error) {
 		if err != nil {
 			return nil, err
 		}
-		addr.Flags = unix.IFA_F_NODAD
-		if addr.IP.To4() != nil {
-			addr.Flags = 0
+		if bits == 64 {
+			addr.Flags = unix.IFA_F_NODAD
 		}
 		if err := netlink.AddrAdd(b.link, addr); err != nil {
 			return nil, err
 		}
 	}
+	// The kernel takes what is for an address of IPv6 only a moment after it was added.
+	proxytest.Until(b.t, "the address of IPv6", func() bool {
+		r, err := netlink.RouteGet(net.ParseIP(client6))
+		return err == nil && len(r) > 0 && r[0].Type == unix.RTN_LOCAL
+	})
 	for _, all := range []string{"0.0.0.0/0", "::/0"} {
 		_, dst, _ := net.ParseCIDR(all)
 		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: b.link.Attrs().Index, Dst: dst}); err != nil {
@@ -240,6 +237,3 @@ func (s *silent) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, erro
 	s.ended <- context.Cause(ctx)
 	return nil, ctx.Err()
 }
-
-var _ = io.EOF
-var _ relay.Endpoint

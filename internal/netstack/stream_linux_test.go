@@ -115,5 +115,3 @@ func TestClientResets(t *testing.T) {
 		t.Error(err)
 	}
 }
-
-var _ proxy.Addr
