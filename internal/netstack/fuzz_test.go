@@ -3,6 +3,7 @@ package netstack
 import (
 	"context"
 	"encoding/binary"
+	"net"
 	"net/netip"
 	"os"
 	"sync"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/sluice-proxy/sluice/internal/proxytest"
 	"github.com/sluice-proxy/sluice/internal/tundev"
+	"github.com/sluice-proxy/sluice/relay"
 )
 
 // wire is a device whose packets a test writes and reads.
@@ -109,7 +111,11 @@ func fuzzPackets(t *testing.T, in []byte) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
-	go func() { served <- s.Serve(ctx, new(proxytest.RecordingHandler)) }()
+	h := &proxytest.RecordingHandler{Serve: func(c net.Conn) {
+		defer context.AfterFunc(ctx, func() { relay.Abort(c) })()
+		proxytest.Echo(c)
+	}}
+	go func() { served <- s.Serve(ctx, h) }()
 	defer func() {
 		cancel()
 		select {

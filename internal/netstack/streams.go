@@ -148,6 +148,8 @@ type pending struct {
 	req  *tcp.ForwarderRequest // nil once it is answered
 	done atomic.Bool
 
+	shaken atomic.Bool // the handshake has ended
+
 	probeSeq uint32 // of the probes
 	probing  *time.Timer
 
@@ -222,6 +224,7 @@ func (p *pending) Accept() (net.Conn, []byte, error) {
 	defer stop()
 	c := newConn(p.id)
 	ep, err := p.req.CreateEndpoint(&c.queue)
+	p.shaken.Store(true)
 	p.answered(false)
 	if err != nil {
 		return nil, nil, fmt.Errorf("netstack: the client did not take its stream: %w", errnoOf(err))
@@ -230,8 +233,14 @@ func (p *pending) Accept() (net.Conn, []byte, error) {
 	return c, nil, nil
 }
 
-// giveUp ends a handshake.
+// giveUp ends a handshake, also one that begins only now.
 func (p *pending) giveUp() {
+	for ; !p.shaken.Load(); time.Sleep(5 * time.Millisecond) {
+		p.abort()
+	}
+}
+
+func (p *pending) abort() {
 	proto := header.IPv4ProtocolNumber
 	if p.id.LocalAddress.Len() == header.IPv6AddressSize {
 		proto = header.IPv6ProtocolNumber
