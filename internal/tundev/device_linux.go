@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"unsafe"
 
@@ -14,9 +15,10 @@ import (
 
 // device is what a Device is on Linux.
 type device struct {
-	raw  syscall.RawConn
-	read vector // of ReadPacket alone
-	pool sync.Pool
+	raw    syscall.RawConn
+	closed atomic.Bool
+	read   vector // of ReadPacket alone
+	pool   sync.Pool
 }
 
 // flags are what every Device is opened with: IP packets, without a header but that of the offloads.
@@ -229,7 +231,7 @@ func (d *Device) ReadPacket(h *Header, bufs [][]byte) (n int, err error) {
 	v.set(bufs)
 	v.n, v.errno = 0, 0
 	err = d.raw.Read(v.call)
-	if err != nil && !errors.Is(err, os.ErrClosed) { // the netpoller tells of an error, not of which
+	if err != nil && !d.closed.Load() { // the netpoller tells of an error, not of which
 		if cerr := d.raw.Control(func(fd uintptr) { v.call(fd) }); cerr == nil && v.errno != unix.EAGAIN {
 			err = nil
 		}
@@ -268,7 +270,7 @@ func (d *Device) WritePacket(h Header, bufs [][]byte) error {
 
 func (d *Device) failed(op string, err error) error {
 	switch {
-	case errors.Is(err, os.ErrClosed):
+	case d.closed.Load():
 		return os.ErrClosed
 	case errors.Is(err, unix.EBADFD):
 		return fmt.Errorf("tundev: %s: %w", d.name, ErrGone)
@@ -278,6 +280,7 @@ func (d *Device) failed(op string, err error) error {
 
 // Close deletes the device, unless it is persistent or open elsewhere. It may be called twice.
 func (d *Device) Close() error {
+	d.closed.Store(true)
 	if err := d.file.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		return fmt.Errorf("tundev: close %s: %w", d.name, err)
 	}
