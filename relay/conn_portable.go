@@ -23,6 +23,19 @@ type queuer interface {
 	Unsent() (n int, ok bool)
 }
 
+// lender is a conn that has what it received in memory of its own, and lends it instead of copying it.
+type lender interface {
+	// Lend waits for bytes and returns some, at least the first of them, and not many more than most. They are valid until
+	// Return. An error comes without bytes: what Read would have returned.
+	Lend(most int) ([][]byte, error)
+	// Return is called after a Lend without an error: the first n bytes are used up. Close and Abort may come
+	// between, and take effect now.
+	Return(n int)
+}
+
+// lendSize is how much is borrowed at a time.
+const lendSize = 256 << 10
+
 // packer is a conn whose writes become packets.
 type packer interface {
 	// WriteSize returns how many bytes one Write takes best.

@@ -33,9 +33,13 @@ type conn struct {
 	closed atomic.Bool
 	ended  atomic.Bool // CloseWrite was called
 
+	loan loan // in.mu is held for it
+
 	mu     sync.Mutex
 	failed func() // to be called when it fails
 	cause  error  // what it failed with, once known
+	lent   bool   // the endpoint's memory is being read: it must not be closed
+	end    func() // closes the endpoint, to be called when nothing is lent any more
 }
 
 var (
@@ -329,22 +333,29 @@ func unsentOf(ep *tcp.Endpoint) (n int, ok bool) {
 }
 
 // Close implements net.Conn. What was written is still sent, and then the end.
-func (c *conn) Close() error {
-	if c.closed.Swap(true) {
-		return c.opError("close", net.ErrClosed)
-	}
-	c.ep.Close()
-	c.release()
-	return nil
-}
+func (c *conn) Close() error { return c.endBy(c.ep.Close) }
 
 // Abort implements relay.Aborter: it resets the stream.
-func (c *conn) Abort() error {
+func (c *conn) Abort() error { return c.endBy(c.reset) }
+
+func (c *conn) reset() {
+	c.ep.Abort()
+	c.ep.Close()
+}
+
+// endBy ends the conn by end, at once or when nothing is lent any more.
+func (c *conn) endBy(end func()) error {
 	if c.closed.Swap(true) {
 		return c.opError("close", net.ErrClosed)
 	}
-	c.ep.Abort()
-	c.ep.Close()
+	c.mu.Lock()
+	if c.lent {
+		c.end, end = end, nil
+	}
+	c.mu.Unlock()
+	if end != nil {
+		end()
+	}
 	c.release()
 	return nil
 }
