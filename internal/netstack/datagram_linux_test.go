@@ -127,17 +127,17 @@ func TestDatagramsRefused(t *testing.T) {
 }
 
 // recvErr4 has the kernel tell c also of hosts and nets that are unreachable.
-func recvErr4(t *testing.T, c net.Conn) { setInt(t, c, syscall.IPPROTO_IP, syscall.IP_RECVERR) }
+func recvErr4(t *testing.T, c net.Conn) { setInt(t, c, syscall.IPPROTO_IP, syscall.IP_RECVERR, 1) }
 
-func recvErr6(t *testing.T, c net.Conn) { setInt(t, c, syscall.IPPROTO_IPV6, syscall.IPV6_RECVERR) }
+func recvErr6(t *testing.T, c net.Conn) { setInt(t, c, syscall.IPPROTO_IPV6, syscall.IPV6_RECVERR, 1) }
 
-func setInt(t *testing.T, c net.Conn, level, name int) {
+func setInt(t *testing.T, c net.Conn, level, name, value int) {
 	t.Helper()
 	raw, err := c.(syscall.Conn).SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), level, name, 1) })
+	raw.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), level, name, value) })
 	if err != nil {
 		t.Fatal(err)
 	}

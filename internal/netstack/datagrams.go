@@ -84,7 +84,7 @@ func (d *datagrams) session(client, dst netip.AddrPort) *session {
 	}
 	if len(d.sessions) >= d.max {
 		if d.full.begins() {
-			d.r.log.Warn("datagrams dropped: as many sources as max-sessions allows", "max-sessions", d.max)
+			d.r.warn("datagrams dropped: as many sources as max-sessions allows", "max-sessions", d.max)
 		}
 		return nil
 	}
@@ -117,13 +117,14 @@ var (
 
 func (s *session) serve(dst netip.AddrPort) {
 	defer s.d.r.sessions.Done()
-	defer s.recover()
+	defer s.recovered()
 	s.d.r.handler.HandlePackets(s.d.r.ctx, proxy.Flow{
 		Inbound: s.d.r.settings.Name, Client: s.client, Local: dst, Dst: proxy.UDP(dst.Addr().String(), dst.Port()),
 	}, s)
 }
 
-func (s *session) recover() {
+// recovered makes a panic of the handler's cost this session only.
+func (s *session) recovered() {
 	if v := recover(); v != nil {
 		s.d.r.log.Error("panic while serving a client", "client", s.client, "panic", v, "stack", string(debug.Stack()))
 	}
@@ -163,7 +164,7 @@ func (d *datagrams) drop() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.dropping.begins() {
-		d.r.log.Warn("datagrams dropped: their sessions do not keep up", "dropped", d.dropped.Load())
+		d.r.warn("datagrams dropped: their sessions do not keep up", "dropped", d.dropped.Load())
 	}
 }
 

@@ -34,7 +34,14 @@ func (s *scriptedPing) ping(ctx context.Context, dst netip.Addr, payload []byte)
 	return nil
 }
 
-// from sends its echoes from the namespace.
+// last returns how many bytes a host was last asked with.
+func (s *scriptedPing) last(dst netip.Addr) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.asked[dst]
+}
+
+// ping sends an echo request from the namespace.
 func (b *bed) ping(dst string, n int, patience time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -55,8 +62,8 @@ func TestEchoIsAnsweredWhenTheHostAnswers(t *testing.T) {
 			if err := b.ping(host, n, proxytest.Patience); err != nil {
 				t.Errorf("%d bytes to %s: %v", n, host, err)
 			}
-			if s.asked[s.alive] != n {
-				t.Errorf("%s was asked with %d bytes, want %d", host, s.asked[s.alive], n)
+			if got := s.last(s.alive); got != n {
+				t.Errorf("%s was asked with %d bytes, want %d", host, got, n)
 			}
 		}
 		other := netip.MustParseAddr(host).Next()

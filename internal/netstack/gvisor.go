@@ -36,8 +36,10 @@ const (
 // newStack makes the TCP/IP: it has every address, and no route but the device.
 func (r *running) newStack() error {
 	s := stack.New(stack.Options{
-		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
-		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
+		NetworkProtocols: []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{
+			tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
+		},
 	})
 	r.stack = s
 	s.SetTransportProtocolHandler(tcp.ProtocolNumber, r.tcp.handle)
@@ -53,8 +55,9 @@ func (r *running) newStack() error {
 			err = s.SetTransportProtocolOption(tcp.ProtocolNumber, o)
 		}
 	}
-	sack, moderate, cubic := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true), tcpip.CongestionControlOption("cubic")
-	wait, linger, retries := tcpip.TCPTimeWaitTimeoutOption(timeWait), tcpip.TCPLingerTimeoutOption(finWait2), tcpip.TCPSynRetriesOption(synRetries)
+	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
+	cubic, retries := tcpip.CongestionControlOption("cubic"), tcpip.TCPSynRetriesOption(synRetries)
+	wait, linger := tcpip.TCPTimeWaitTimeoutOption(timeWait), tcpip.TCPLingerTimeoutOption(finWait2)
 	set(&sack)
 	set(&moderate)
 	set(&cubic)

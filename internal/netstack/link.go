@@ -28,8 +28,9 @@ type link struct {
 	mtu        atomic.Uint32
 	dispatcher stack.NetworkDispatcher // set before the first packet
 	slices     sync.Pool
-	valid      atomic.Bool                                                  // the sums of the packet that is being delivered are known to be right
-	syn        func(tcpip.NetworkProtocolNumber, stack.TransportEndpointID) // is shown each SYN, before the stack; may be nil
+	valid      atomic.Bool // the sums of the packet that is being delivered are known to be right
+	// syn is shown each SYN, before the stack; may be nil.
+	syn func(tcpip.NetworkProtocolNumber, stack.TransportEndpointID)
 }
 
 var (
@@ -127,7 +128,7 @@ func (l *link) lookForSYN(pkt *stack.PacketBuffer, size int) {
 			id.LocalAddress, id.RemoteAddress = h.DestinationAddress(), h.SourceAddress()
 			l.syn(header.IPv4ProtocolNumber, id)
 		}
-	} else if h := header.IPv6(b); h.TransportProtocol() == header.TCPProtocolNumber {
+	} else if h := header.IPv6(b); h.NextHeader() == uint8(header.TCPProtocolNumber) {
 		id.LocalAddress, id.RemoteAddress = h.DestinationAddress(), h.SourceAddress()
 		l.syn(header.IPv6ProtocolNumber, id)
 	}

@@ -72,7 +72,8 @@ func (r *running) sendUDP(from, to netip.AddrPort, data []byte) error {
 	p := r.newPacket(from.Addr(), to.Addr(), udp.ProtocolNumber, header.UDPMinimumSize, len(data))
 	fields.Checksum = sum // of the pseudo header: the rest is the kernel's
 	header.UDP(p.payload()).Encode(&fields)
-	return r.link.dev.WritePacket(tundev.Header{NeedsCsum: true, CsumStart: uint16(p.ip), CsumOffset: udpSum}, [][]byte{p.b, data})
+	h := tundev.Header{NeedsCsum: true, CsumStart: uint16(p.ip), CsumOffset: udpSum}
+	return r.link.dev.WritePacket(h, [][]byte{p.b, data})
 }
 
 // sendLongUDP sends a datagram in fragments.
@@ -103,10 +104,12 @@ func (r *running) sendLongUDP(src, dst tcpip.Address, sum uint16, fields header.
 
 // sendProbe sends a segment without flags.
 func (r *running) sendProbe(id stack.TransportEndpointID, seq uint32) {
-	p := r.newPacket(addrPort(id.LocalAddress, 0).Addr(), addrPort(id.RemoteAddress, 0).Addr(), header.TCPProtocolNumber, header.TCPMinimumSize, 0)
+	src, dst := addrPort(id.LocalAddress, 0).Addr(), addrPort(id.RemoteAddress, 0).Addr()
+	p := r.newPacket(src, dst, header.TCPProtocolNumber, header.TCPMinimumSize, 0)
 	h := header.TCP(p.payload())
 	h.Encode(&header.TCPFields{SrcPort: id.LocalPort, DstPort: id.RemotePort, SeqNum: seq, DataOffset: header.TCPMinimumSize})
-	h.SetChecksum(^h.CalculateChecksum(header.PseudoHeaderChecksum(header.TCPProtocolNumber, id.LocalAddress, id.RemoteAddress, header.TCPMinimumSize)))
+	sum := header.PseudoHeaderChecksum(header.TCPProtocolNumber, id.LocalAddress, id.RemoteAddress, header.TCPMinimumSize)
+	h.SetChecksum(^h.CalculateChecksum(sum))
 	r.link.dev.WritePacket(tundev.Header{}, [][]byte{p.b})
 }
 

@@ -67,6 +67,8 @@ type running struct {
 
 	packetID atomic.Uint32 // of the last packet of IPv4 that was made here
 	sessions sync.WaitGroup
+	lines    sync.WaitGroup // that are being logged
+	waiting  atomic.Int32   // how many of them
 
 	mu      sync.Mutex
 	refuses bool // no new sessions
@@ -77,6 +79,9 @@ type running struct {
 func (s *Stack) Listen(ctx context.Context) error {
 	if s.r != nil {
 		return errors.New("netstack: Listen was called twice")
+	}
+	if s.Open == nil {
+		return errors.New("netstack: no device to open")
 	}
 	dev, err := s.Open(ctx)
 	if err != nil {
@@ -169,7 +174,23 @@ func (s *Stack) Serve(ctx context.Context, h proxy.Handler) error {
 		<-reading
 	}
 	r.tearDown()
+	r.lines.Wait()
 	return err
+}
+
+// linesMax bounds the lines that wait for a log that does not take them; further ones are dropped.
+const linesMax = 16
+
+// warn logs without waiting for the log, which may block: the reader of the device must not.
+func (r *running) warn(message string, args ...any) {
+	if r.waiting.Add(1) > linesMax {
+		r.waiting.Add(-1)
+		return
+	}
+	r.lines.Go(func() {
+		defer r.waiting.Add(-1)
+		r.log.Warn(message, args...)
+	})
 }
 
 // read passes the device's packets to the stack until the device is closed.

@@ -88,11 +88,13 @@ func TestBulk(t *testing.T) {
 func TestOriginResets(t *testing.T) {
 	proxytest.NoLeaks(t)
 	origin := proxytest.Listen(t, "tcp", func(c net.Conn) {
+		io.ReadFull(c, make([]byte, 1))
 		io.WriteString(c, "last words")
 		relay.Abort(c)
 	})
 	b := newBed(t, engine(toLoopback{}), nil, tundev.Options{})
 	c := b.dial(at(host4, origin))
+	io.WriteString(c, "x")
 	got, err := io.ReadAll(c)
 	if string(got) != "last words" && len(got) != 0 || !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("%q, %v", got, err)

@@ -61,7 +61,7 @@ func (t *streams) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) 
 	p := &pending{t: t, id: id, seq: h.SequenceNumber(), probeSeq: rand.Uint32()}
 	taken, fresh := t.enter(p)
 	if !taken {
-		return !fresh
+		return !fresh // a stack that stops resets
 	}
 	if !t.forwarder.HandlePacket(id, pkt) { // a wrong checksum
 		t.leave(p)
@@ -79,7 +79,7 @@ func (t *streams) enter(p *pending) (taken, fresh bool) {
 	}
 	if len(t.pending) >= t.max {
 		if t.full.begins() {
-			t.r.log.Warn("SYNs dropped: as many dials as max-pending allows go on", "max-pending", t.max)
+			t.r.warn("SYNs dropped: as many dials as max-pending allows go on", "max-pending", t.max)
 		}
 		return false, false
 	}
@@ -134,9 +134,11 @@ func (t *streams) serve(req *tcp.ForwarderRequest) {
 	p.req = req
 	t.r.sessions.Add(1) // the session may outlive this call
 	defer t.r.sessions.Done()
-	defer p.recover()
-	f := proxy.Flow{Inbound: t.r.settings.Name, Client: addrPort(id.RemoteAddress, id.RemotePort), Local: addrPort(id.LocalAddress, id.LocalPort)}
-	f.Dst = proxy.TCP(f.Local.Addr().String(), f.Local.Port())
+	defer p.recovered()
+	client, dst := addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort)
+	f := proxy.Flow{
+		Inbound: t.r.settings.Name, Client: client, Local: dst, Dst: proxy.TCP(dst.Addr().String(), dst.Port()),
+	}
 	t.r.handler.HandleStream(t.r.ctx, f, p)
 }
 
@@ -280,13 +282,14 @@ func (p *pending) Done() {
 	}
 }
 
-// recover makes a panic of the handler's cost this stream only.
-func (p *pending) recover() {
+// recovered makes a panic of the handler's cost this stream only.
+func (p *pending) recovered() {
 	v := recover()
 	if v == nil {
 		return
 	}
-	p.t.r.log.Error("panic while serving a client", "client", addrPort(p.id.RemoteAddress, p.id.RemotePort), "panic", v, "stack", string(debug.Stack()))
+	client := addrPort(p.id.RemoteAddress, p.id.RemotePort)
+	p.t.r.log.Error("panic while serving a client", "client", client, "panic", v, "stack", string(debug.Stack()))
 	if p.req != nil {
 		p.answered(true)
 	}

@@ -47,8 +47,10 @@ func TestOpen(t *testing.T) {
 			if d.MTU() != wantMTU || o.Name != "" && d.Name() != o.Name || o.Name == "" && !strings.HasPrefix(d.Name(), "sluice") {
 				t.Errorf("%+v: %s, MTU %d", o, d.Name(), d.MTU())
 			}
-			if d.Close() != nil || d.Close() != nil {
-				t.Error("Close")
+			for range 2 {
+				if err := d.Close(); err != nil {
+					t.Error(err)
+				}
 			}
 		}
 	})
