@@ -8,6 +8,40 @@ import (
 	"time"
 )
 
+// Watcher is a conn that is no socket of the kernel's and that notices its peer's reset by itself, though nobody reads or writes.
+type Watcher interface {
+	// Watch has failed called, once, when the conn fails: it was reset, or its peer has vanished. failed does not
+	// block; it may be called before Watch returns. stop ends the watch.
+	Watch(failed func()) (stop func())
+	// Failure returns what the conn has failed with; nil if it has not.
+	Failure() error
+}
+
+// queuer is a conn that can say what its peer does not have yet.
+type queuer interface {
+	// Unsent returns how many bytes were written and not acknowledged. ok is false where that is not known.
+	Unsent() (n int, ok bool)
+}
+
+// lender is a conn that has what it received in memory of its own, and lends it instead of copying it.
+type lender interface {
+	// Lend waits for bytes and returns some, at least the first of them, and not many more than most. They are valid until
+	// Return. An error comes without bytes: what Read would have returned.
+	Lend(most int) ([][]byte, error)
+	// Return is called after a Lend without an error: the first n bytes are used up. Close and Abort may come
+	// between, and take effect now.
+	Return(n int)
+}
+
+// lendSize is how much is borrowed at a time.
+const lendSize = 256 << 10
+
+// packer is a conn whose writes become packets.
+type packer interface {
+	// WriteSize returns how many bytes one Write takes best.
+	WriteSize() int
+}
+
 // conn is a side of a pair under the portable engine: the conn and what it can do beyond
 // io.ReadWriteCloser.
 type conn struct {
@@ -35,12 +69,19 @@ func newConn(c io.ReadWriteCloser) *conn {
 func (c *conn) watch(failed func()) {
 	if c.below.raw != nil {
 		c.unhook = c.below.watch(failed)
+	} else if w, ok := c.rwc.(Watcher); ok {
+		c.unhook = w.Watch(failed)
 	}
 }
 
 // failure returns the error of a socket that was seen to have failed. It may take the error away
 // from a Read that follows; the machine knows by then that the side has failed.
-func (c *conn) failure() error { return c.below.failure() }
+func (c *conn) failure() error {
+	if w, ok := c.rwc.(Watcher); ok && c.below.raw == nil {
+		return w.Failure()
+	}
+	return c.below.failure()
+}
 
 // wasReset tells, after a Read has reported the end, whether that was the end of the stream. A
 // reset shows itself once; if a Write on the other way has consumed it, Read sees an end.
@@ -50,8 +91,13 @@ func (c *conn) wasReset() bool {
 	return c.below.raw != nil && c.below.dead() && !c.ended.Load()
 }
 
-// unsent returns how many bytes the kernel still holds for the peer. ok is false where that cannot be known.
-func (c *conn) unsent() (n int, ok bool) { return c.below.unsent() }
+// unsent returns how many bytes are still held for the peer. ok is false where that cannot be known.
+func (c *conn) unsent() (n int, ok bool) {
+	if q, ok := c.rwc.(queuer); ok {
+		return q.Unsent()
+	}
+	return c.below.unsent()
+}
 
 // stopReading frees a Read that waits, where the conn has deadlines.
 func (c *conn) stopReading() {
@@ -121,8 +167,12 @@ type reader struct {
 	try   func(fd uintptr) bool // rd.tryRead, made once
 }
 
-func (c *conn) newReader() *reader {
+// newReader returns a reader of c for what will be written to dst.
+func (c *conn) newReader(dst *conn) *reader {
 	rd := &reader{c: c}
+	if p, ok := dst.rwc.(packer); ok {
+		rd.limit = p.WriteSize()
+	}
 	rd.try = rd.tryRead
 	return rd
 }

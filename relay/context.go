@@ -16,15 +16,19 @@ import (
 // cancel. c is Neither read nor written.
 //
 // The cause of the cancellation is ECONNRESET. Call the CancelFunc before c is used in any other way.
-// A reset is noticed within some milliseconds, on Linux and for TCP and Unix sockets, also below TLS; elsewhere
+// A reset is noticed within some milliseconds, on Linux and for TCP and Unix sockets, also below TLS, and for a [Watcher]; elsewhere
 // the context is only what ctx is.
 func ResetContext(ctx context.Context, c io.ReadWriteCloser) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	s := belowOf(c)
+	w := &resetWatch{watch: s.watch, cancel: cancel}
 	if s.raw == nil {
-		return ctx, func() { cancel(nil) }
+		watcher, ok := c.(Watcher)
+		if !ok {
+			return ctx, func() { cancel(nil) }
+		}
+		w.watch = watcher.Watch
 	}
-	w := &resetWatch{below: s, cancel: cancel}
 	w.timer = time.AfterFunc(watchDelay, w.begin)
 	return ctx, w.end
 }
@@ -33,7 +37,7 @@ func ResetContext(ctx context.Context, c io.ReadWriteCloser) (context.Context, c
 const watchDelay = 20 * time.Millisecond
 
 type resetWatch struct {
-	below  below
+	watch  func(failed func()) (unwatch func())
 	cancel context.CancelCauseFunc
 	timer  *time.Timer
 
@@ -46,7 +50,7 @@ func (w *resetWatch) begin() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !w.ended {
-		w.unwatch = w.below.watch(w.reset)
+		w.unwatch = w.watch(w.reset)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -292,7 +293,10 @@ func (p *pair) copy(s Side) event {
 			return event{evWriteErr, s, err}
 		}
 	}
-	rd := src.newReader()
+	if l, ok := src.rwc.(lender); ok && p.gov == nil {
+		return p.borrow(s, l, dst)
+	}
+	rd := src.newReader(dst)
 	defer rd.release()
 	for {
 		probe := false
@@ -333,6 +337,50 @@ func (p *pair) copy(s Side) event {
 			runtime.Gosched() // a Read that returned 0, nil: nothing happened
 		}
 	}
+}
+
+// borrow is copy for a conn that lends.
+func (p *pair) borrow(s Side, l lender, dst *conn) event {
+	for {
+		bufs, err := l.Lend(lendSize)
+		switch {
+		case err == io.EOF:
+			return event{kind: evEOF, side: s}
+		case err != nil:
+			return event{evReadErr, s, err}
+		case p.stopped[s].Load():
+			l.Return(0)
+			return event{evReadErr, s, io.ErrClosedPipe}
+		}
+		if err := p.writeLent(s, l, dst, bufs); err != nil {
+			return event{evWriteErr, s, err}
+		}
+	}
+}
+
+// writeLent writes bufs and returns them, also where a Write panics.
+func (p *pair) writeLent(s Side, l lender, dst *conn, bufs [][]byte) (err error) {
+	done := 0
+	defer func() { l.Return(done) }()
+	if !dst.bare {
+		for _, b := range bufs {
+			if err := p.write(s, dst, b); err != nil {
+				return err
+			}
+			done += len(b)
+		}
+		return nil
+	}
+	p.waiting[s].Store(true)
+	defer p.waiting[s].Store(false)
+	v := net.Buffers(bufs)
+	n, err := v.WriteTo(dst.rwc)
+	if n > 0 {
+		p.stats.moved[s].Add(n)
+		p.moved[s].Store(int64(time.Since(p.start)))
+	}
+	done = int(n)
+	return err
 }
 
 // allowed waits until some bytes may be read from s, and returns how many.

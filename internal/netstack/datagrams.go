@@ -1,0 +1,250 @@
+package netstack
+
+import (
+	"net"
+	"net/netip"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/relay"
+)
+
+// datagrams makes sessions of the sources of datagrams.
+type datagrams struct {
+	r   *running
+	max int
+
+	mu       sync.Mutex
+	sessions map[netip.AddrPort]*session
+	full     episode
+	dropped  atomic.Int64
+	dropping episode
+}
+
+func (d *datagrams) init(r *running, most int) {
+	if most == 0 {
+		most = DefaultMaxSessions
+	}
+	d.r, d.max, d.sessions = r, most, make(map[netip.AddrPort]*session)
+}
+
+// The bounds of what waits for a session to read it: datagrams, and the memory that holds them.
+const (
+	queueMax      = 1024
+	queueBytesMax = 4 << 20
+)
+
+// handle takes a datagram, whole and reassembled.
+func (d *datagrams) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	if !isUnicast(id.LocalAddress) || !isUnicast(id.RemoteAddress) || id.LocalPort == 0 || id.RemotePort == 0 {
+		return true
+	}
+	size, segment := pkt.Data().Size(), int(pkt.GSOOptions.MSS)
+	if segment == 0 {
+		if !isValidUDP(id, pkt) {
+			return true
+		}
+		size = int(header.UDP(pkt.TransportHeader().Slice()).Length()) - header.UDPMinimumSize
+		segment = max(size, 1)
+	}
+	client, dst := addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort)
+	s := d.session(client, dst)
+	if s == nil {
+		return true
+	}
+	for first := true; first || size > 0; first = false {
+		n := min(segment, size)
+		s.put(dst, pkt, n)
+		size -= n
+	}
+	return true
+}
+
+// isValidUDP checks a datagram's length and sum.
+func isValidUDP(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	h := header.UDP(pkt.TransportHeader().Slice())
+	length, sum := header.UDPValid(h, func() uint16 { return pkt.Data().Checksum() }, uint16(pkt.Data().Size()),
+		pkt.NetworkProtocolNumber, id.RemoteAddress, id.LocalAddress, pkt.RXChecksumValidated)
+	return length && sum
+}
+
+// session returns the session of a client, which begins with its first datagram; nil if there can be none.
+func (d *datagrams) session(client, dst netip.AddrPort) *session {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if s := d.sessions[client]; s != nil {
+		return s
+	}
+	if len(d.sessions) >= d.max {
+		if d.full.begins() {
+			d.r.warn("datagrams dropped: as many sources as max-sessions allows", "max-sessions", d.max)
+		}
+		return nil
+	}
+	if !d.r.begins() {
+		return nil
+	}
+	s := &session{d: d, client: client, ready: make(chan struct{}, 1)}
+	d.sessions[client] = s
+	go s.serve(dst)
+	return s
+}
+
+// session is the datagrams of one client, which it sends from one port. It is the client's end of a relay.
+type session struct {
+	d      *datagrams
+	client netip.AddrPort
+	ready  chan struct{} // has a value when there may be a datagram
+
+	mu     sync.Mutex
+	queue  []relay.Packet
+	first  int // of queue
+	bytes  int // of memory in queue
+	closed bool
+}
+
+var (
+	_ relay.PacketConn = (*session)(nil)
+	_ relay.Refuser    = (*session)(nil)
+)
+
+func (s *session) serve(dst netip.AddrPort) {
+	defer s.d.r.sessions.Done()
+	defer s.recovered()
+	s.d.r.handler.HandlePackets(s.d.r.ctx, proxy.Flow{
+		Inbound: s.d.r.settings.Name, Client: s.client, Local: dst, Dst: proxy.UDP(dst.Addr().String(), dst.Port()),
+	}, s)
+}
+
+// recovered makes a panic of the handler's cost this session only.
+func (s *session) recovered() {
+	if v := recover(); v != nil {
+		s.d.r.log.Error("panic while serving a client", "client", s.client, "panic", v, "stack", string(debug.Stack()))
+	}
+	s.Close()
+}
+
+// put queues a datagram to dst, which is the next n bytes of pkt, or drops it.
+func (s *session) put(dst netip.AddrPort, pkt *stack.PacketBuffer, n int) {
+	p := relay.Packet{Endpoint: relay.EndpointOf(dst)}
+	w := tcpip.SliceWriter(p.Grow(n))
+	pkt.Data().ReadTo(&w, false)
+	if !s.enqueue(p) {
+		p.Free()
+		s.d.drop()
+	}
+}
+
+func (s *session) enqueue(p relay.Packet) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	size := cap(p.Data)
+	if s.closed || len(s.queue)-s.first >= queueMax || s.bytes+size > queueBytesMax {
+		return false
+	}
+	s.bytes += size
+	s.queue = append(s.queue, p)
+	select {
+	case s.ready <- struct{}{}:
+	default:
+	}
+	return true
+}
+
+// drop counts a datagram that its session had no room for.
+func (d *datagrams) drop() {
+	d.dropped.Add(1)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.dropping.begins() {
+		d.r.warn("datagrams dropped: their sessions do not keep up", "dropped", d.dropped.Load())
+	}
+}
+
+// ReadPacket implements relay.PacketConn.
+func (s *session) ReadPacket(p *relay.Packet) error {
+	for {
+		s.mu.Lock()
+		if s.closed {
+			s.mu.Unlock()
+			return net.ErrClosed
+		}
+		if s.first < len(s.queue) {
+			p.Free()
+			*p = s.queue[s.first]
+			s.queue[s.first] = relay.Packet{}
+			s.bytes -= cap(p.Data)
+			if s.first++; s.first == len(s.queue) {
+				s.queue, s.first = s.queue[:0], 0
+				if cap(s.queue) > 32 {
+					s.queue = nil
+				}
+			} else if s.first >= queueMax {
+				s.queue = append(s.queue[:0], s.queue[s.first:]...)
+				s.first = 0
+			}
+			s.mu.Unlock()
+			return nil
+		}
+		s.mu.Unlock()
+		<-s.ready
+	}
+}
+
+// WritePacket implements relay.PacketConn: the client gets the datagram as one from p.Endpoint.
+func (s *session) WritePacket(p *relay.Packet) error {
+	from := p.Endpoint.AddrPort()
+	if from.Addr().Is4() != s.client.Addr().Is4() || !from.IsValid() {
+		return &net.OpError{Op: "write", Net: "udp", Err: syscall.EAFNOSUPPORT}
+	}
+	if len(p.Data) > datagramMax(from) {
+		return &net.OpError{Op: "write", Net: "udp", Err: syscall.EMSGSIZE}
+	}
+	s.mu.Lock()
+	closed := s.closed
+	s.mu.Unlock()
+	if closed {
+		return net.ErrClosed
+	}
+	return s.d.r.sendUDP(from, s.client, p.Data)
+}
+
+// Refuse implements relay.Refuser.
+func (s *session) Refuse(e relay.Endpoint, err error) {
+	from := e.AddrPort()
+	if !from.IsValid() || from.Addr().Is4() != s.client.Addr().Is4() {
+		return
+	}
+	s.d.r.refuseUDP(from, s.client, proxy.ReasonOf(err))
+}
+
+// Close implements relay.PacketConn.
+func (s *session) Close() error {
+	s.d.mu.Lock()
+	if s.d.sessions[s.client] == s {
+		delete(s.d.sessions, s.client)
+	}
+	s.d.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil
+	}
+	s.closed = true
+	for i := range s.queue[s.first:] {
+		s.queue[s.first+i].Free()
+	}
+	s.queue = nil
+	select {
+	case s.ready <- struct{}{}:
+	default:
+	}
+	return nil
+}

@@ -1,0 +1,235 @@
+package netstack
+
+import (
+	"errors"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/sluice-proxy/sluice/internal/tundev"
+)
+
+// device is what a link needs of a [tundev.Device].
+type device interface {
+	ReadPacket(h *tundev.Header, bufs [][]byte) (int, error)
+	WritePacket(h tundev.Header, bufs [][]byte) error
+	MTU() int
+	Close() error
+}
+
+// link is the stack's network interface: the device.
+type link struct {
+	dev        device
+	mtu        atomic.Uint32
+	dispatcher stack.NetworkDispatcher // set before the first packet
+	slices     sync.Pool
+	valid      atomic.Bool // the sums of the packet that is being delivered are known to be right
+	// syn is shown each SYN, before the stack; may be nil.
+	syn func(tcpip.NetworkProtocolNumber, stack.TransportEndpointID)
+}
+
+var (
+	_ stack.LinkEndpoint = (*link)(nil)
+	_ stack.GSOEndpoint  = (*link)(nil)
+)
+
+func newLink(dev device) *link {
+	l := &link{dev: dev}
+	l.mtu.Store(uint32(dev.MTU()))
+	l.slices.New = func() any { return new([][]byte) }
+	return l
+}
+
+// readSizes are those of the memory that a packet is read into, so that a packet takes twice its size at most and
+// a small one little. The first holds all headers.
+var readSizes = [...]int{2 << 10, 2 << 10, 4 << 10, 8 << 10, 16 << 10, 32 << 10}
+
+// read passes packets to the stack until the device fails.
+func (l *link) read() error {
+	var (
+		views [len(readSizes)]*buffer.View
+		bufs  [len(readSizes)][]byte
+		h     tundev.Header
+	)
+	for i, n := range readSizes {
+		views[i] = buffer.NewViewSize(n)
+	}
+	defer func() {
+		for _, v := range views {
+			v.Release()
+		}
+	}()
+	for {
+		for i, v := range views {
+			bufs[i] = v.AsSlice()
+		}
+		n, err := l.dev.ReadPacket(&h, bufs[:])
+		if err != nil {
+			return err
+		}
+		var payload buffer.Buffer
+		for i := range views {
+			if n <= 0 {
+				break
+			}
+			v := views[i]
+			v.CapLength(n)
+			n -= v.Size()
+			payload.Append(v)
+			views[i] = buffer.NewViewSize(readSizes[i])
+		}
+		l.deliver(&h, payload)
+	}
+}
+
+// deliver passes a packet to the stack. It owns payload.
+func (l *link) deliver(h *tundev.Header, payload buffer.Buffer) {
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: payload})
+	defer pkt.DecRef()
+	var version byte
+	if head, ok := pkt.Data().PullUp(1); ok {
+		version = head[0] >> 4
+	}
+	if valid := h.NeedsCsum || h.CsumValid; valid != l.valid.Load() {
+		l.valid.Store(valid)
+	}
+	if h.GSO == tundev.GSOUDP {
+		pkt.GSOOptions.MSS = h.SegSize // for the datagrams' handler
+	}
+	switch version {
+	case header.IPv4Version:
+		l.lookForSYN(pkt, header.IPv4MinimumSize)
+		l.dispatcher.DeliverNetworkPacket(header.IPv4ProtocolNumber, pkt)
+	case header.IPv6Version:
+		l.lookForSYN(pkt, header.IPv6MinimumSize)
+		l.dispatcher.DeliverNetworkPacket(header.IPv6ProtocolNumber, pkt)
+	}
+}
+
+// lookForSYN shows the SYNs of packets without options or extensions, whose IP header has a size.
+func (l *link) lookForSYN(pkt *stack.PacketBuffer, size int) {
+	b, ok := pkt.Data().PullUp(size + header.TCPMinimumSize)
+	if !ok || l.syn == nil {
+		return
+	}
+	t := header.TCP(b[size:])
+	if t.Flags()&(header.TCPFlagSyn|header.TCPFlagAck) != header.TCPFlagSyn {
+		return
+	}
+	id := stack.TransportEndpointID{LocalPort: t.DestinationPort(), RemotePort: t.SourcePort()}
+	if size == header.IPv4MinimumSize {
+		h := header.IPv4(b)
+		if h.Protocol() == uint8(header.TCPProtocolNumber) && int(h.HeaderLength()) == size && h.FragmentOffset() == 0 {
+			id.LocalAddress, id.RemoteAddress = h.DestinationAddress(), h.SourceAddress()
+			l.syn(header.IPv4ProtocolNumber, id)
+		}
+	} else if h := header.IPv6(b); h.NextHeader() == uint8(header.TCPProtocolNumber) {
+		id.LocalAddress, id.RemoteAddress = h.DestinationAddress(), h.SourceAddress()
+		l.syn(header.IPv6ProtocolNumber, id)
+	}
+}
+
+// WritePackets implements stack.LinkWriter.
+func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
+	for i, pkt := range pkts.AsSlice() {
+		if err := l.write(pkt); err != nil {
+			return i, err
+		}
+	}
+	return pkts.Len(), nil
+}
+
+func (l *link) write(pkt *stack.PacketBuffer) tcpip.Error {
+	var h tundev.Header
+	if gso := &pkt.GSOOptions; gso.Type != stack.GSONone {
+		if gso.NeedsCsum {
+			h.NeedsCsum, h.CsumStart, h.CsumOffset = true, uint16(len(pkt.NetworkHeader().Slice())), gso.CsumOffset
+		}
+		if pkt.Data().Size() > int(gso.MSS) {
+			h.GSO, h.HdrLen, h.SegSize = tundev.GSOTCP4, uint16(pkt.HeaderSize()), gso.MSS
+			if gso.Type == stack.GSOTCPv6 {
+				h.GSO = tundev.GSOTCP6
+			}
+		}
+	}
+	bufs := l.slices.Get().(*[][]byte)
+	views, skip := pkt.AsViewList()
+	for v := views.Front(); v != nil; v = v.Next() {
+		b := v.AsSlice()
+		if skip >= len(b) {
+			skip -= len(b)
+			continue
+		}
+		*bufs = append(*bufs, b[skip:])
+		skip = 0
+	}
+	err := l.dev.WritePacket(h, *bufs)
+	clear(*bufs)
+	*bufs = (*bufs)[:0]
+	l.slices.Put(bufs)
+	if err != nil {
+		return &tcpip.ErrAborted{}
+	}
+	return nil
+}
+
+// isClosing says whether err is that of a device that the stack has closed itself.
+func (r *running) isClosing(err error) bool { return errors.Is(err, os.ErrClosed) }
+
+// GSOMaxSize implements stack.GSOEndpoint.
+func (l *link) GSOMaxSize() uint32 { return tundev.PacketMax }
+
+// SupportedGSO implements stack.GSOEndpoint.
+func (l *link) SupportedGSO() stack.SupportedGSO { return stack.HostGSOSupported }
+
+// MTU implements stack.LinkEndpoint.
+func (l *link) MTU() uint32 { return l.mtu.Load() }
+
+// SetMTU implements stack.LinkEndpoint.
+func (l *link) SetMTU(mtu uint32) { l.mtu.Store(mtu) }
+
+// MaxHeaderLength implements stack.LinkEndpoint.
+func (l *link) MaxHeaderLength() uint16 { return 0 }
+
+// LinkAddress implements stack.LinkEndpoint.
+func (l *link) LinkAddress() tcpip.LinkAddress { return "" }
+
+// SetLinkAddress implements stack.LinkEndpoint.
+func (l *link) SetLinkAddress(tcpip.LinkAddress) {}
+
+// Capabilities implements stack.LinkEndpoint. The stack asks for them at each packet.
+func (l *link) Capabilities() stack.LinkEndpointCapabilities {
+	if l.valid.Load() {
+		return stack.CapabilityRXChecksumOffload
+	}
+	return 0
+}
+
+// Attach implements stack.LinkEndpoint.
+func (l *link) Attach(d stack.NetworkDispatcher) { l.dispatcher = d }
+
+// IsAttached implements stack.LinkEndpoint.
+func (l *link) IsAttached() bool { return l.dispatcher != nil }
+
+// Wait implements stack.LinkEndpoint.
+func (l *link) Wait() {}
+
+// ARPHardwareType implements stack.LinkEndpoint.
+func (l *link) ARPHardwareType() header.ARPHardwareType { return header.ARPHardwareNone }
+
+// AddHeader implements stack.LinkEndpoint.
+func (l *link) AddHeader(*stack.PacketBuffer) {}
+
+// ParseHeader implements stack.LinkEndpoint.
+func (l *link) ParseHeader(*stack.PacketBuffer) bool { return true }
+
+// Close implements stack.LinkEndpoint.
+func (l *link) Close() {}
+
+// SetOnCloseAction implements stack.LinkEndpoint.
+func (l *link) SetOnCloseAction(func()) {}
