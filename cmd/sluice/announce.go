@@ -19,6 +19,14 @@ func (p *program) announce(c *config.Config, services []*service) {
 		line = fmt.Sprintf("Forwarding %s to %s", show(at), in.To)
 	case "reverse":
 		line = fmt.Sprintf("Forwarding %s there to %s", show(at), in.To)
+	case "tun":
+		line = "All traffic of this machine goes into " + at.String()
+		if in.Netns != "" {
+			line = fmt.Sprintf("All traffic of network namespace %s goes into %s", in.Netns, in.Name)
+		}
+		if len(in.Include) > 0 {
+			line = strings.Replace(line, "All traffic", "Traffic", 1)
+		}
 	case "socks5":
 		line = "SOCKS5 proxy on " + show(at)
 	case "http":
@@ -42,6 +50,14 @@ func (p *program) announce(c *config.Config, services []*service) {
 
 // tryIt returns a command to copy, or nothing.
 func tryIt(in config.Inbound, at net.Addr) string {
+	switch {
+	case in.Type == "tun" && len(in.Include) > 0:
+		return ""
+	case in.Type == "tun" && in.Netns != "":
+		return "ip netns exec " + in.Netns + " curl https://example.com/"
+	case in.Type == "tun":
+		return "curl https://example.com/"
+	}
 	tcp, ok := at.(*net.TCPAddr)
 	if !ok {
 		return ""

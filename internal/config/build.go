@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"crypto/tls"
 	"fmt"
 	"io/fs"
@@ -10,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/sluice-proxy/sluice/internal/inbound"
+	"github.com/sluice-proxy/sluice/internal/netstack"
 	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/route"
@@ -22,6 +24,10 @@ type Bound struct {
 	Inbound proxy.Inbound
 	Router  proxy.Router
 	Relay   relay.Relay // how its sessions are relayed
+
+	// Front returns the handler that the inbound is served with, in front of next, which carries its sessions. Call
+	// it when the inbound listens. If the handler has a method Abort(), call that when the inbound is closed. Nil: next is served.
+	Front func(next proxy.Handler) proxy.Handler
 
 	kept []kept // of all Bounds: they may share them
 }
@@ -65,6 +71,10 @@ func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) 
 		errs:    errorList{src: &c.src},
 		log:     log,
 		dialers: map[dialerKey]proxy.Dialer{},
+		mark:    c.tunMark(),
+	}
+	if b.mark != 0 {
+		b.first = b.direct(&Outbound{})
 	}
 	b.member = func(s string) (proxy.Static, error) { return b.way([]string{s}) }
 	for _, groups := range []bool{false, true} { // also those that nobody uses; what is wrong is said once, where it stands
@@ -106,6 +116,8 @@ type builder struct {
 	rules   []route.Rule
 	member  func(string) (proxy.Static, error) // way, of a group's member: the table of types cannot name what reads it
 	owners  route.Owners                       // nil where no rule asks for them
+	mark    int                                // of connections that do not say another
+	first   proxy.Dialer                       // what reaches the first hop; nil: a zero outbound.Direct
 }
 
 // dialerKey tells hops apart: those that are the same share what they keep open.
@@ -163,6 +175,9 @@ func (b *builder) inbound(in *Inbound, path string) Bound {
 	} else if len(b.rules) > 0 {
 		bound.Router = &route.Router{Rules: b.rules, Default: way, Owners: b.owners}
 	}
+	if t, ok := part.(*netstack.TUN); ok {
+		b.tun(in, t, &bound)
+	}
 	return bound
 }
 
@@ -199,7 +214,7 @@ func (b *builder) way(via []string) (proxy.Static, error) {
 	if err != nil { // Fill has followed it
 		return proxy.Static{}, err
 	}
-	var d proxy.Dialer // nil: direct
+	d := b.first
 	var labels []string
 	for _, h := range hops {
 		labels = append(labels, h.label)
@@ -231,8 +246,15 @@ func reverse(in *Inbound, l inbound.Listener, _ inbound.Users) proxy.Inbound {
 	return &inbound.Reverse{Listener: l, To: proxy.Addr(in.To)} // its link is set with its route
 }
 
-func direct(_ *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) {
-	return &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: o.Mark}, nil
+func direct(b *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) { return b.direct(o), nil }
+
+func (b *builder) direct(o *Outbound) *outbound.Direct {
+	d := &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: o.Mark}
+	if b.mark != 0 {
+		d.Mark = cmp.Or(o.Mark, b.mark)
+		d.Resolver = outbound.MarkedResolver(d.Mark)
+	}
+	return d
 }
 
 func socks5Out(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error) {
