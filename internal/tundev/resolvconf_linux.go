@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// Where name servers are said: for the machine, and, for those whom ip netns exec starts in a namespace, instead.
+// Where name servers are said: for the machine, and in place of that for what ip netns exec starts in a namespace.
 const (
 	resolvConf    = "/etc/resolv.conf"
 	namespacesEtc = "/etc/netns"
@@ -49,13 +49,13 @@ func loopbackOnly(conf []byte) (first netip.Addr, only bool) {
 
 // namespaceFile returns the resolv.conf to make for a namespace, where one is needed: the machine's name server
 // listens on the machine's loopback, which is not the namespace's, and the namespace has no resolv.conf of its own.
-func namespaceFile(namespace string, server netip.Addr) *madeFile {
-	f := &madeFile{Path: filepath.Join(namespacesEtc, namespace, "resolv.conf"),
+func namespaceFile(etc, namespace string, server netip.Addr) *madeFile {
+	f := &madeFile{Path: filepath.Join(etc, namespace, "resolv.conf"),
 		Content: "# Made by sluice tun, and removed at its end.\nnameserver " + server.String() + "\n"}
 	if _, err := os.Lstat(f.Path); !errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	for _, dir := range []string{namespacesEtc, filepath.Dir(f.Path)} {
+	for _, dir := range []string{etc, filepath.Dir(f.Path)} {
 		if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 			f.Dirs = append(f.Dirs, dir)
 		}

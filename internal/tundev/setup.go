@@ -35,7 +35,9 @@ type Setup struct {
 	DNS       bool           // everything to port 53 goes into the device, but to Exclude
 	Log       *slog.Logger   // nil: silent
 
-	dir string // for records; empty: the system's
+	dir  string // for records; empty: the system's
+	conf string // which says the machine's name servers; empty: resolvConf
+	etc  string // with files for namespaces; empty: namespacesEtc
 }
 
 // DefaultName is the name of a device that is not given one.

@@ -34,6 +34,7 @@ type Link struct {
 func (s *Setup) Up() (*Link, error) {
 	set := *s
 	set.Name = cmp.Or(s.Name, DefaultName)
+	set.conf, set.etc = cmp.Or(s.conf, resolvConf), cmp.Or(s.etc, namespacesEtc)
 	set.Log = cmp.Or(s.Log, slog.New(slog.DiscardHandler))
 	if len(set.Name) >= unix.IFNAMSIZ {
 		return nil, fmt.Errorf("tundev: %q is too long for the name of an interface (%d bytes at most)", set.Name, unix.IFNAMSIZ-1)
@@ -165,15 +166,15 @@ func (l *Link) plan(s *Setup) *record {
 	if !s.DNS {
 		return r
 	}
-	conf, _ := os.ReadFile(resolvConf) // without it, there is no name server but 127.0.0.1
+	conf, _ := os.ReadFile(s.conf) // without it, there is no name server but 127.0.0.1
 	server, only := loopbackOnly(conf)
 	switch there := l.Addrs[0].Addr().Next(); {
 	case !only:
 	case s.Namespace == "":
 		s.Log.Warn(fmt.Sprintf("names are asked of this machine's own resolver, %v (see %s), whose questions may go past %s; "+
-			"for systemd-resolved: resolvectl dns %[3]s %v; resolvectl domain %[3]s ~.", server, resolvConf, s.Name, there))
+			"for systemd-resolved: resolvectl dns %[3]s %v; resolvectl domain %[3]s ~.", server, s.conf, s.Name, there))
 	default:
-		if f := namespaceFile(s.Namespace, there); f != nil {
+		if f := namespaceFile(s.etc, s.Namespace, there); f != nil {
 			r.Files = append(r.Files, *f)
 			s.Log.Info(fmt.Sprintf("names are asked of %v in %s, by %s", there, s.Namespace, f.Path))
 		}

@@ -42,7 +42,7 @@ func openState(dir string, n *namespace) (*state, error) {
 	if err := ownDir(dir); err != nil {
 		return nil, err
 	}
-	path := filepath.Join(dir, fmt.Sprintf("tun-%d.json", n.inode))
+	path := filepath.Join(dir, n.record())
 	for {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 		if err != nil {
