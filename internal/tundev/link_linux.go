@@ -69,6 +69,16 @@ func (n network) open(name string, mtu int) (*Device, error) {
 	return d, explainOpen(err)
 }
 
+// needRights says what to do for who has no rights at all, before all else that is forbidden, too.
+func needRights() error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var caps [2]unix.CapUserData
+	if err := unix.Capget(&header, &caps[0]); err != nil || caps[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0 {
+		return nil // who cannot ask will be told later
+	}
+	return explainOpen(unix.EPERM)
+}
+
 // explainOpen says what a person can do where a device cannot be opened.
 func explainOpen(err error) error {
 	switch {

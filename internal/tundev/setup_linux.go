@@ -73,6 +73,9 @@ func clean(namespace, dir string) (c Cleaned, err error) {
 
 // openLink opens what it takes to change a namespace.
 func openLink(name, dir string) (*Link, error) {
+	if err := needRights(); err != nil {
+		return nil, err
+	}
 	ns, err := openNamespace(name)
 	if err != nil {
 		return nil, err
