@@ -34,9 +34,9 @@ func (c *Config) fillTUN(l *errorList, in *Inbound, path string) {
 			l.add(fmt.Sprintf("%s.exclude[%d]", path, i), "%v is included, too", p)
 		}
 	}
-	// Where only some networks are taken in, or names are resolved here anyway, questions are nobody else's matter.
+	// Where only some networks are taken in, or the way out needs no names, questions are nobody else's matter.
 	if in.DNS == "" {
-		if in.DNS = "fake"; len(in.Include) > 0 || len(in.Via) == 0 {
+		if in.DNS = "fake"; len(in.Include) > 0 || len(in.Via)+len(c.Rules) == 0 {
 			in.DNS = "off"
 		}
 	}

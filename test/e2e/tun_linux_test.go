@@ -39,9 +39,7 @@ func newNetwork(t *testing.T) *network {
 	for _, ns := range []string{n.host, n.world} {
 		n.add(ns)
 		etc := filepath.Join("/etc/netns", ns)
-		if err := os.MkdirAll(etc, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		proxytest.Until(t, "a directory for it", func() bool { return os.MkdirAll(etc, 0o755) == nil }) // others remove /etc/netns
 		t.Cleanup(func() { os.RemoveAll(etc); os.Remove("/etc/netns") })
 		writeIn(t, etc, "resolv.conf", "nameserver 10.77.0.1\n")
 	}
@@ -142,7 +140,13 @@ func (n *network) inside(ns string, f func() error) {
 }
 
 func enter(ns string, f func() error, done chan<- error) {
-	runtime.LockOSThread() // for good: the thread ends with the goroutine
+	runtime.LockOSThread() // until it is back: a thread that ends takes the processes with it that it started (Pdeathsig)
+	back, err := netns.Get()
+	if err != nil {
+		done <- err
+		return
+	}
+	defer back.Close()
 	h, err := netns.GetFromName(ns)
 	if err == nil {
 		defer h.Close()
@@ -150,6 +154,9 @@ func enter(ns string, f func() error, done chan<- error) {
 	}
 	if err == nil {
 		err = f()
+	}
+	if netns.Set(back) == nil {
+		runtime.UnlockOSThread()
 	}
 	done <- err
 }
