@@ -42,7 +42,11 @@ func (p *program) announce(c *config.Config, services []*service) {
 	if len(hops) > 0 {
 		line += " via " + strings.Join(hops, ", ")
 	}
-	if try := tryIt(in, at); try != "" {
+	try := tryIt(in, at)
+	if in.Type == "tun" {
+		try = tryTUN(in)
+	}
+	if try != "" {
 		line += "\nTry it:  " + try
 	}
 	fmt.Fprintln(p.stdout, line) // at once, for who waits for the first line
@@ -50,14 +54,6 @@ func (p *program) announce(c *config.Config, services []*service) {
 
 // tryIt returns a command to copy, or nothing.
 func tryIt(in config.Inbound, at net.Addr) string {
-	switch {
-	case in.Type == "tun" && len(in.Include) > 0:
-		return ""
-	case in.Type == "tun" && in.Netns != "":
-		return "ip netns exec " + in.Netns + " curl https://example.com/"
-	case in.Type == "tun":
-		return "curl https://example.com/"
-	}
 	tcp, ok := at.(*net.TCPAddr)
 	if !ok {
 		return ""
@@ -83,6 +79,17 @@ func tryIt(in config.Inbound, at net.Addr) string {
 		}
 	}
 	return ""
+}
+
+// tryTUN is tryIt for what takes in all that its network sends, or only a part that we know too little of.
+func tryTUN(in config.Inbound) string {
+	switch {
+	case len(in.Include) > 0:
+		return ""
+	case in.Netns != "":
+		return "ip netns exec " + in.Netns + " curl https://example.com/"
+	}
+	return "curl https://example.com/"
 }
 
 // show returns an address as people write it.
