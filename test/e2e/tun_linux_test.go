@@ -73,8 +73,17 @@ func newNetwork(t *testing.T) *network {
 // add makes a namespace for the test's time.
 func (n *network) add(ns string) {
 	n.t.Helper()
-	n.t.Cleanup(func() { exec.Command("ip", "netns", "del", ns).Run() })
 	n.ip("netns", "add", ns)
+	file := filepath.Join("/run/netns", ns)
+	var st syscall.Stat_t
+	if err := syscall.Stat(file, &st); err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { // with the records of who was killed since the test failed
+		exec.Command("ip", "netns", "del", ns).Run()
+		os.Remove(fmt.Sprintf("/run/sluice/tun-%d.json", st.Ino))
+		os.Remove(fmt.Sprintf("/run/sluice/tun-%s.json", ns))
+	})
 }
 
 func (n *network) ip(args ...string) string {
@@ -484,6 +493,38 @@ func TestTUNRefuses(t *testing.T) {
 		r := n.run(n.host, "setpriv", append([]string{"--reuid", nobody, "--regid", nobody, "--clear-groups", binary}, args...)...)
 		if r.code != 1 || !strings.Contains(r.stderr, "needs CAP_NET_ADMIN: run as root, or run one command with all its traffic by `sluice exec`") {
 			t.Errorf("%v: code %d: %s", args, r.code, r.stderr)
+		}
+	}
+}
+
+// TestTUNRouter: traffic of machines that use this one as their router goes in, too, through the strictest filter.
+func TestTUNRouter(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	lan := n.host + "-lan"
+	n.add(lan)
+	n.sh(lan, "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad")
+	n.ip("-n", n.host, "link", "add", "eth1", "type", "veth", "peer", "name", "eth0", "netns", lan)
+	n.sh(n.host, "cd /proc/sys/net && echo 1 >ipv4/ip_forward && echo 1 >ipv6/conf/all/forwarding && echo 1 >ipv4/conf/eth1/rp_filter")
+	for ns, dev := range map[string]string{n.host: "eth1", lan: "eth0"} {
+		n.ip("-n", ns, "link", "set", dev, "up")
+		last := map[string]int{n.host: 1, lan: 2}[ns]
+		n.ip("-n", ns, "addr", "add", fmt.Sprintf("10.88.0.%d/24", last), "dev", dev)
+		n.ip("-n", ns, "addr", "add", fmt.Sprintf("fd88::%d/64", last), "dev", dev, "nodad")
+	}
+	n.ip("-n", lan, "route", "add", "default", "via", "10.88.0.1")
+	n.ip("-n", lan, "route", "add", "default", "via", "fd88::1")
+	p := n.tun("--via", "socks5://10.77.0.1:1080")
+	for _, url := range []string{"http://203.0.113.1/", "http://[2001:db8::1]/"} {
+		n.get(lan, url)
+	}
+	if got := n.dig(lan, "@10.77.0.1", "web.test"); !strings.HasPrefix(got, "198.1") {
+		t.Errorf("dig web.test: %s", got)
+	}
+	n.end(p, syscall.SIGTERM, 0)
+	for _, client := range []string{"10.88.0.2", "[fd88::2]"} {
+		if !strings.Contains(p.log.String(), "client="+client+":") {
+			t.Errorf("no session of %s:\n%s", client, p.log)
 		}
 	}
 }
