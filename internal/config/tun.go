@@ -1,6 +1,8 @@
 package config
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -71,6 +73,7 @@ func tun(in *Inbound, _ inbound.Listener, _ inbound.Users) proxy.Inbound {
 // tun finishes t, which is the inbound of bound.
 func (b *builder) tun(in *Inbound, t *netstack.TUN, bound *Bound) {
 	t.Log, t.Setup.Log = b.log, b.log
+	t.Ping = echoes{in.Name, bound.Router}.ping
 	if in.Netns == "" {
 		t.Setup.Marks = b.marks()
 	}
@@ -86,6 +89,24 @@ func (b *builder) tun(in *Inbound, t *netstack.TUN, bound *Bound) {
 	bound.Front = func(next proxy.Handler) proxy.Handler {
 		return &dns.Handler{Next: next, Mode: mode, Resolver: resolver, Router: router, NoIPv6: !t.HasIPv6(), Log: log}
 	}
+}
+
+// echoes asks for answers to ICMP echoes where an inbound's way out can.
+type echoes struct {
+	inbound string
+	router  proxy.Router
+}
+
+// ping is for [netstack.Stack].
+func (e echoes) ping(ctx context.Context, dst netip.Addr, payload []byte) error {
+	way, d := e.router.Route(proxy.Flow{Inbound: e.inbound, Dst: proxy.Addr{Network: "icmp", Host: dst.String()}})
+	p, ok := d.(interface {
+		Ping(context.Context, netip.Addr, []byte) error
+	})
+	if !ok {
+		return fmt.Errorf("config: no echoes by way of %s: %w", way, errors.ErrUnsupported)
+	}
+	return p.Ping(ctx, dst, payload)
 }
 
 // marks returns those of all connections that we may make.

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -33,7 +34,7 @@ var networks atomic.Int32
 func newNetwork(t *testing.T) *network {
 	t.Helper()
 	proxytest.NeedRoot(t)
-	proxytest.Need(t, "ip", "curl", "dig", "dnsmasq")
+	proxytest.Need(t, "ip", "curl", "dig", "dnsmasq", "ping")
 	name := fmt.Sprintf("sluice-e2e-%d-%d", os.Getpid(), networks.Add(1))
 	n := &network{t, name + "-host", name + "-world"}
 	for _, ns := range []string{n.host, n.world} {
@@ -273,6 +274,12 @@ func TestTUN(t *testing.T) {
 			}
 			if r := n.run(n.host, "curl", "-q", "-sS", "-m", "10", "http://203.0.113.1:81/"); r.code != 7 || !strings.Contains(r.stderr, "after") {
 				t.Errorf("a refused connection: code %d, %s", r.code, r.stderr)
+			}
+			direct := !slices.Contains(tt.flags, "--via")
+			for _, host := range []string{"203.0.113.1", "2001:db8::1"} { // an echo is never made up
+				if r := n.run(n.host, "ping", "-c", "1", "-W", "2", host); (r.code == 0) != direct {
+					t.Errorf("ping %s: code %d, %s", host, r.code, r.stdout)
+				}
 			}
 			n.end(p, syscall.SIGTERM, 0)
 			n.same(n.host, before)
