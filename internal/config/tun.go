@@ -73,6 +73,7 @@ func tun(in *Inbound, _ inbound.Listener, _ inbound.Users) proxy.Inbound {
 // tun finishes t, which is the inbound of bound.
 func (b *builder) tun(in *Inbound, t *netstack.TUN, bound *Bound) {
 	t.Log, t.Setup.Log = b.log, b.log
+	b.kept = append(b.kept, undone{t})
 	t.Ping = echoes{in.Name, bound.Router}.ping
 	if in.Netns == "" {
 		t.Setup.Marks = b.marks()
@@ -90,6 +91,12 @@ func (b *builder) tun(in *Inbound, t *netstack.TUN, bound *Bound) {
 		return &dns.Handler{Next: next, Mode: mode, Resolver: resolver, Router: router, NoIPv6: !t.HasIPv6(), Log: log}
 	}
 }
+
+// undone undoes what a tun has changed of the network also where its sessions do not end.
+type undone struct{ t *netstack.TUN }
+
+func (u undone) Start() error { return nil }
+func (u undone) Close() error { return u.t.Undo() }
 
 // echoes asks for answers to ICMP echoes where an inbound's way out can.
 type echoes struct {

@@ -27,7 +27,7 @@ var _ proxy.Inbound = (*TUN)(nil)
 func (t *TUN) Listen(ctx context.Context) error {
 	t.Stack.Open = t.open
 	if err := t.Stack.Listen(ctx); err != nil {
-		return errors.Join(err, t.down())
+		return errors.Join(err, t.Undo())
 	}
 	return nil
 }
@@ -45,7 +45,7 @@ func (t *TUN) open(context.Context) (*tundev.Device, error) {
 
 // Serve implements proxy.Inbound. When it returns, the network is as it was.
 func (t *TUN) Serve(ctx context.Context, h proxy.Handler) (err error) {
-	defer func() { err = errors.Join(err, t.down()) }()
+	defer func() { err = errors.Join(err, t.Undo()) }()
 	t.mu.Lock()
 	t.serving = true
 	t.mu.Unlock()
@@ -64,11 +64,12 @@ func (t *TUN) Close() error {
 	if serving {
 		return errors.Join(link.Drain(), t.Stack.Close())
 	}
-	return errors.Join(t.Stack.Close(), t.down())
+	return errors.Join(t.Stack.Close(), t.Undo())
 }
 
-// down undoes what was made, once.
-func (t *TUN) down() error {
+// Undo puts the network back to what it was, whatever goes on, once. Serve does so when it returns; it is for who
+// does not wait for that.
+func (t *TUN) Undo() error {
 	t.mu.Lock()
 	link := t.link
 	t.link = nil
