@@ -70,9 +70,12 @@ func (l *lab) sh(script string) string {
 
 func ip(t *testing.T, args ...string) string {
 	t.Helper()
-	out, err := exec.Command("ip", args...).CombinedOutput()
+	cmd := exec.Command("ip", args...)
+	var complaints strings.Builder // also of namespaces that others are just removing
+	cmd.Stderr = &complaints
+	out, err := cmd.Output()
 	if err != nil {
-		t.Fatalf("ip %s: %v\n%s", strings.Join(args, " "), err, out)
+		t.Fatalf("ip %s: %v\n%s", strings.Join(args, " "), err, complaints.String())
 	}
 	return string(out)
 }
@@ -467,13 +470,12 @@ func TestBadInput(t *testing.T) {
 	ip(t, "-n", l.name, "route", "flush", "table", "7101")
 	before := l.dump()
 	for want, s := range map[string]Setup{
-		"an interface eth0 is there already":   {Name: "eth0"},
-		"too long for the name":                {Name: "sluice0123456789"},
-		"MTU of 1279":                          {MTU: 1279},
-		"there is no network namespace":        {Namespace: "no-such-namespace"},
-		"is not the name of a network":         {Namespace: "../x"},
-		"ip netns add sluice-no-namespace":     {Namespace: "sluice-no-namespace"},
-		"is the one that this program runs in": {Namespace: ownNamespace(t)},
+		"an interface eth0 is there already": {Name: "eth0"},
+		"too long for the name":              {Name: "sluice0123456789"},
+		"MTU of 1279":                        {MTU: 1279},
+		"there is no network namespace":      {Namespace: "no-such-namespace"},
+		"is not the name of a network":       {Namespace: "../x"},
+		"ip netns add sluice-no-namespace":   {Namespace: "sluice-no-namespace"},
 	} {
 		s.dir = l.dir
 		if s.Namespace == "" {
@@ -500,13 +502,21 @@ func TestBadInput(t *testing.T) {
 	}
 }
 
-// ownNamespace gives the test's own network namespace a name for a while.
-func ownNamespace(t *testing.T) string {
-	t.Helper()
-	name := fmt.Sprintf("sluice-own-%d", os.Getpid())
-	ip(t, "netns", "attach", name, fmt.Sprint(os.Getpid()))
-	t.Cleanup(func() { ip(t, "netns", "del", name) })
-	return name
+// TestOwnNamespace: a namespace by name is not the one that we are in, where our own connections would come back to us.
+func TestOwnNamespace(t *testing.T) {
+	l := newLab(t)
+	ns, err := openNamespace(l.name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.close()
+	err = ns.do(func() error {
+		_, err := (&Setup{Namespace: l.name, dir: l.dir}).Up()
+		return err
+	})
+	if err == nil || !strings.Contains(err.Error(), "is the one that this program runs in") {
+		t.Error(err)
+	}
 }
 
 func TestNoRights(t *testing.T) {
