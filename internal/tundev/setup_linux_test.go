@@ -52,6 +52,10 @@ func newLab(t *testing.T) *lab {
 	ip(t, "-n", l.name, "route", "add", "default", "via", "10.77.0.1")
 	ip(t, "-n", l.name, "route", "add", "default", "via", "fd77::1")
 	ip(t, "-n", l.name, "route", "add", "10.99.0.0/16", "via", "10.77.0.1")
+	proxytest.Until(t, "the kernel has set up eth0", func() bool {
+		return strings.Contains(ip(t, "-n", l.name, "link", "show", "eth0"), "state UP") &&
+			strings.Contains(ip(t, "-n", l.name, "-6", "route", "show", "table", "local"), "local fe80")
+	})
 	return l
 }
 

@@ -52,6 +52,10 @@ func newNetwork(t *testing.T) *network {
 		n.ip("-n", ns, "addr", "add", fmt.Sprintf("10.77.0.%d/24", i+1), "dev", "eth0")
 		n.ip("-n", ns, "addr", "add", fmt.Sprintf("fd77::%d/64", i+1), "dev", "eth0")
 	}
+	proxytest.Until(t, "the kernel has set up eth0", func() bool {
+		return strings.Contains(n.ip("-n", n.host, "link", "show", "eth0"), "state UP") &&
+			strings.Contains(n.ip("-n", n.host, "-6", "route", "show", "table", "local"), "local fe80")
+	})
 	n.ip("-n", n.world, "addr", "add", "203.0.113.1", "dev", "lo")
 	n.ip("-n", n.world, "addr", "add", "2001:db8::1", "dev", "lo")
 	n.ip("-n", n.host, "route", "add", "default", "via", "10.77.0.1")
