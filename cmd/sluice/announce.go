@@ -24,6 +24,14 @@ func (p *program) announce(c *config.Config, services []*service) {
 		line = "Redirected connections that come to " + show(at) + " go on to where they were going"
 	case "tproxy":
 		line = "What a TPROXY rule brings to " + show(at) + " goes on to where it was going"
+	case "tun":
+		line = "All traffic of this machine goes into " + at.String()
+		if in.Netns != "" {
+			line = fmt.Sprintf("All traffic of network namespace %s goes into %s", in.Netns, in.Name)
+		}
+		if len(in.Include) > 0 {
+			line = strings.Replace(line, "All traffic", "Traffic", 1)
+		}
 	case "socks5":
 		line = "SOCKS5 proxy on " + show(at)
 	case "http":
@@ -39,7 +47,11 @@ func (p *program) announce(c *config.Config, services []*service) {
 	if len(hops) > 0 {
 		line += " via " + strings.Join(hops, ", ")
 	}
-	if try := tryIt(in, at); try != "" {
+	try := tryIt(in, at)
+	if in.Type == "tun" {
+		try = tryTUN(in)
+	}
+	if try != "" {
 		line += "\nTry it:  " + try
 	}
 	fmt.Fprintln(p.stdout, line) // at once, for who waits for the first line
@@ -85,6 +97,17 @@ func tryIt(in config.Inbound, at net.Addr) string {
 		}
 	}
 	return ""
+}
+
+// tryTUN is tryIt for what takes in all that its network sends, or only a part that we know too little of.
+func tryTUN(in config.Inbound) string {
+	switch {
+	case len(in.Include) > 0:
+		return ""
+	case in.Netns != "":
+		return "ip netns exec " + in.Netns + " curl https://example.com/"
+	}
+	return "curl https://example.com/"
 }
 
 // show returns an address as people write it.

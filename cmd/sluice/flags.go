@@ -57,38 +57,64 @@ func (o *options) addCapture(fs *pflag.FlagSet) {
 // addShared adds the flags of all commands that serve one inbound.
 func (o *options) addShared(fs *pflag.FlagSet) {
 	fs.SortFlags = false
+	o.addVia(fs)
+	fs.Var((*networksValue)(&o.in.Allow), "allow", "let in clients from this `network` only; repeat for more")
+	fs.Var((*networksValue)(&o.in.Deny), "deny", "refuse clients from this `network`; repeat for more")
+	fs.IntVar(&o.in.MaxConns, "max-conns", 0, "at most `n` sessions at a time")
+	o.addRates(fs)
+	fs.BoolVar(&o.in.AcceptProxy, "accept-proxy", false, "clients begin with a PROXY header (v1 or v2)")
+	fs.Var(&textValue{&o.in.Mode}, "mode", "permissions of the Unix socket at LISTEN, in `octal` (default 0600)")
+	o.addDirect(fs)
+	o.addLimits(fs)
+	durationFlag(fs, &o.cfg.HandshakeTimeout, "handshake-timeout", config.DefaultHandshakeTimeout,
+		"give a client this `time` to say what it wants")
+	o.addRun(fs)
+}
+
+// addRun adds the flags of the process.
+func (o *options) addRun(fs *pflag.FlagSet) {
+	durationFlag(fs, &o.cfg.Grace, "grace", config.DefaultGrace, "on SIGTERM give sessions this `time` to end")
+	durationFlag(fs, &o.cfg.BusyPoll, "busy-poll", config.DefaultBusyPoll,
+		"look for more work for this `time` before sleeping, as in 50us: less delay for more CPU")
+	o.cfg.Log = config.Log{Level: "info", Format: "auto"}
+	addLog(fs, &o.cfg.Log, "")
+	fs.BoolVar(&o.printConfig, "print-config", false, "print the configuration file that says the same, and exit")
+}
+
+// addVia adds the flags of the way out.
+func (o *options) addVia(fs *pflag.FlagSet) {
 	fs.StringArrayVar(&o.in.Via, "via", nil,
 		"go through the proxy at `URL`, socks5://, http:// or https://[user@]host:port, or the SSH server at\n"+
 			"ssh://[user@]host; repeat for a chain, first hop first")
 	fs.BoolVar(&o.keep, "keep", false, "stay connected to SSH servers, also while nobody uses them")
-	fs.Var((*networksValue)(&o.in.Allow), "allow", "let in clients from this `network` only; repeat for more")
-	fs.Var((*networksValue)(&o.in.Deny), "deny", "refuse clients from this `network`; repeat for more")
-	fs.IntVar(&o.in.MaxConns, "max-conns", 0, "at most `n` sessions at a time")
+}
+
+// addRates adds the flags of what sessions may pass on.
+func (o *options) addRates(fs *pflag.FlagSet) {
 	fs.Var(&textValue{&o.in.RatePerSession}, "rate-per-session",
 		"pass on at this `rate` at most, each way of each session (10MB is bytes a second)")
 	fs.Var(&textValue{&o.in.Rate}, "rate", "the same `rate` for all sessions together, both ways added up")
 	fs.Var(&textValue{&o.in.QuotaPerSession}, "quota-per-session",
 		"abort a session of more than this `size`, both ways added up, as in 1GiB")
-	fs.BoolVar(&o.in.AcceptProxy, "accept-proxy", false, "clients begin with a PROXY header (v1 or v2)")
-	fs.Var(&textValue{&o.in.Mode}, "mode", "permissions of the Unix socket at LISTEN, in `octal` (default 0600)")
+}
+
+// addDirect adds the flags of connections that this machine makes.
+func (o *options) addDirect(fs *pflag.FlagSet) {
 	fs.Var(&textValue{&o.direct.Bind}, "bind", "connect from this local `address`")
 	fs.Var((*wordValue)(&o.direct.Interface), "interface", "connect through this network `interface`")
 	fs.IntVar(&o.direct.Mark, "mark", 0, "connect with this firewall `mark`")
-	duration := func(d *config.Duration, name string, value config.Duration, usage string) {
-		*d = value
-		fs.Var(&textValue{d}, name, usage)
-	}
-	duration(&o.cfg.Idle, "idle", config.DefaultIdle, "end a session that is silent for this `time`; off: never")
-	duration(&o.cfg.HalfOpen, "half-open", config.DefaultHalfOpen, "the same `time` once one side has ended; off: never")
-	duration(&o.cfg.DialTimeout, "dial-timeout", config.DefaultDialTimeout, "give a destination this `time` to answer")
-	duration(&o.cfg.HandshakeTimeout, "handshake-timeout", config.DefaultHandshakeTimeout,
-		"give a client this `time` to say what it wants")
-	duration(&o.cfg.Grace, "grace", config.DefaultGrace, "on SIGTERM give sessions this `time` to end")
-	duration(&o.cfg.BusyPoll, "busy-poll", config.DefaultBusyPoll,
-		"look for more work for this `time` before sleeping, as in 50us: less delay for more CPU")
-	o.cfg.Log = config.Log{Level: "info", Format: "auto"}
-	addLog(fs, &o.cfg.Log, "")
-	fs.BoolVar(&o.printConfig, "print-config", false, "print the configuration file that says the same, and exit")
+}
+
+// addLimits adds the flags of how long things may take.
+func (o *options) addLimits(fs *pflag.FlagSet) {
+	durationFlag(fs, &o.cfg.Idle, "idle", config.DefaultIdle, "end a session that is silent for this `time`; off: never")
+	durationFlag(fs, &o.cfg.HalfOpen, "half-open", config.DefaultHalfOpen, "the same `time` once one side has ended; off: never")
+	durationFlag(fs, &o.cfg.DialTimeout, "dial-timeout", config.DefaultDialTimeout, "give a destination this `time` to answer")
+}
+
+func durationFlag(fs *pflag.FlagSet, d *config.Duration, name string, value config.Duration, usage string) {
+	*d = value
+	fs.Var(&textValue{d}, name, usage)
 }
 
 // addLog adds the flags of the log.
@@ -112,20 +138,28 @@ func (o *options) proxyType() string {
 
 // config returns the filled configuration with the one inbound that the flags describe, of type typ.
 func (o *options) config(typ, listen, to string) (*config.Config, error) {
-	in := o.in
+	c, in := o.wayOut()
 	in.Type = typ
-	if err := in.Listen.UnmarshalText([]byte(listen)); err != nil {
-		return nil, &config.Error{Path: "inbounds[0].listen", Err: err}
-	}
-	if o.keep {
-		in.Via = keepAll(in.Via)
+	if typ != "tun" {
+		if err := in.Listen.UnmarshalText([]byte(listen)); err != nil {
+			return nil, &config.Error{Path: "inbounds[0].listen", Err: err}
+		}
 	}
 	if typ == "forward" || typ == "reverse" {
 		if err := in.To.UnmarshalText([]byte(to)); err != nil {
 			return nil, &config.Error{Path: "inbounds[0].to", Err: err}
 		}
 	}
-	c := o.cfg
+	c.Inbounds = []config.Inbound{in}
+	return c, c.Fill()
+}
+
+// wayOut returns a configuration without inbounds, and an inbound that has only its way out.
+func (o *options) wayOut() (*config.Config, config.Inbound) {
+	c, in := o.cfg, o.in
+	if o.keep {
+		in.Via = keepAll(in.Via)
+	}
 	if d := o.direct; d.Bind != "" || d.Interface != "" || d.Mark != 0 {
 		d.Name, d.Type = "direct", "direct" // takes the place of the built-in one
 		c.Outbounds = []config.Outbound{d}
@@ -133,8 +167,7 @@ func (o *options) config(typ, listen, to string) (*config.Config, error) {
 			in.Via = append([]string{"direct"}, in.Via...)
 		}
 	}
-	c.Inbounds = []config.Inbound{in}
-	return &c, c.Fill()
+	return &c, in
 }
 
 // keepAll adds to the URLs of SSH servers that they are kept.

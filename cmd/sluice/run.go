@@ -79,7 +79,7 @@ func complaints(err error) string {
 		return fmt.Sprintf("sluice: %s: %v", flagOf(e.Path), e.Err)
 	}
 	text := err.Error()
-	for _, pkg := range []string{"inbound: ", "config: ", "sshlink: ", "capture: "} { // the reader of a terminal has no packages
+	for _, pkg := range []string{"inbound: ", "config: ", "sshlink: ", "capture: ", "netstack: ", "tundev: "} { // the reader of a terminal has no packages
 		text = strings.TrimPrefix(text, pkg)
 	}
 	return "sluice: " + text

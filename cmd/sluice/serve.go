@@ -20,8 +20,9 @@ const abortWait = 5 * time.Second
 
 // service is an inbound with its engine.
 type service struct {
-	bound  config.Bound
-	engine *proxy.Engine
+	bound   config.Bound
+	engine  *proxy.Engine
+	handler proxy.Handler // the engine, or what stands in front of it
 }
 
 // addr returns where the service listens: the port is known even if the kernel chose it.
@@ -33,7 +34,16 @@ func (s *service) addr() net.Addr {
 }
 
 func (s *service) serve(ctx context.Context, ended chan<- error) {
-	ended <- s.bound.Inbound.Serve(ctx, s.engine)
+	ended <- s.bound.Inbound.Serve(ctx, s.handler)
+}
+
+// close takes no new clients from now on.
+func (s *service) close() error {
+	err := s.bound.Inbound.Close()
+	if a, ok := s.handler.(interface{ Abort() }); ok {
+		a.Abort()
+	}
+	return err
 }
 
 // serve listens at all inbounds of c, says so by announce (nil: in the log), and serves until a signal.
@@ -47,13 +57,13 @@ func (p *program) serve(ctx context.Context, c *config.Config, announce func(*co
 	defer closeAll(bounds)
 	// The runtime has raised the soft limit on descriptors to the hard one: importing os is enough.
 	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	signal.Notify(signals, stopSignals()...)
 	defer signal.Stop(signals)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 
 	// To listen may take time, where a server has to be reached and a person to be asked.
-	listening, done := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	listening, done := signal.NotifyContext(ctx, stopSignals()...)
 	services, err := listen(listening, c, bounds, log)
 	done()
 	if err != nil {
@@ -61,10 +71,7 @@ func (p *program) serve(ctx context.Context, c *config.Config, announce func(*co
 	}
 	for i := range bounds {
 		if err := bounds[i].Start(); err != nil {
-			for _, s := range services {
-				s.bound.Inbound.Close() // and undo what it has set up
-			}
-			return err
+			return errors.Join(err, closeServices(services))
 		}
 	}
 	if announce != nil {
@@ -92,6 +99,16 @@ func (p *program) serve(ctx context.Context, c *config.Config, announce func(*co
 	return errors.Join(failed, stop(ctx, services, running, ended, signals, c.Grace.Wait(), log))
 }
 
+// stopSignals returns the signals that end the program in order. A terminal that is closed is one, too, unless that is
+// to be ignored (nohup): what was changed of the machine's network must not stay.
+func stopSignals() []os.Signal {
+	all := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) {
+		all = append(all, syscall.SIGHUP)
+	}
+	return all
+}
+
 func closeAll(bounds []config.Bound) {
 	for i := range bounds {
 		bounds[i].Close()
@@ -107,17 +124,27 @@ func listen(ctx context.Context, c *config.Config, bounds []config.Bound, log *s
 			errs = append(errs, err)
 			continue
 		}
-		services = append(services, &service{b, &proxy.Engine{
+		s := &service{bound: b, engine: &proxy.Engine{
 			Router: b.Router, Relay: b.Relay, DialTimeout: c.DialTimeout.Wait(), Log: log,
-		}})
+		}}
+		s.handler = s.engine
+		if b.Front != nil {
+			s.handler = b.Front(s.engine)
+		}
+		services = append(services, s)
 	}
 	if len(errs) > 0 {
-		for _, s := range services {
-			s.bound.Inbound.Close()
-		}
-		return nil, errors.Join(errs...)
+		return nil, errors.Join(append(errs, closeServices(services))...)
 	}
 	return services, nil
+}
+
+func closeServices(services []*service) error {
+	var errs []error
+	for _, s := range services {
+		errs = append(errs, s.close())
+	}
+	return errors.Join(errs...)
 }
 
 // stop ends the services, of which so many run: no new clients from now on, grace for the sessions there
@@ -127,7 +154,7 @@ func stop(ctx context.Context, services []*service, running int, ended <-chan er
 	var errs []error
 	sessions := 0
 	for _, s := range services {
-		if err := s.bound.Inbound.Close(); err != nil {
+		if err := s.close(); err != nil {
 			errs = append(errs, err)
 		}
 		sessions += s.engine.Sessions()

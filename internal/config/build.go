@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/sluice-proxy/sluice/internal/inbound"
+	"github.com/sluice-proxy/sluice/internal/netstack"
 	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/route"
@@ -23,6 +24,10 @@ type Bound struct {
 	Inbound proxy.Inbound
 	Router  proxy.Router
 	Relay   relay.Relay // how its sessions are relayed
+
+	// Front returns the handler that the inbound is served with, in front of next, which carries its sessions. Call
+	// it when the inbound listens. If the handler has a method Abort(), call that when the inbound is closed. Nil: next is served.
+	Front func(next proxy.Handler) proxy.Handler
 
 	kept []kept // of all Bounds: they may share them
 }
@@ -66,7 +71,7 @@ func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) 
 		errs:    errorList{src: &c.src},
 		log:     log,
 		dialers: map[dialerKey]proxy.Dialer{},
-		mark:    c.captureMark(),
+		mark:    cmp.Or(c.tunMark(), c.captureMark()),
 	}
 	if b.mark != 0 {
 		b.first = b.direct(&Outbound{})
@@ -173,6 +178,9 @@ func (b *builder) inbound(in *Inbound, path string) Bound {
 	if in.Setup {
 		b.capture(in, part, way.Dialer)
 	}
+	if t, ok := part.(*netstack.TUN); ok {
+		b.tun(in, t, &bound)
+	}
 	return bound
 }
 
@@ -244,7 +252,12 @@ func reverse(in *Inbound, l inbound.Listener, _ inbound.Users) proxy.Inbound {
 func direct(b *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) { return b.direct(o), nil }
 
 func (b *builder) direct(o *Outbound) *outbound.Direct {
-	return &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: cmp.Or(o.Mark, b.mark)}
+	d := &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: o.Mark}
+	if b.mark != 0 {
+		d.Mark = cmp.Or(o.Mark, b.mark)
+		d.Resolver = outbound.MarkedResolver(d.Mark)
+	}
+	return d
 }
 
 func socks5Out(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error) {

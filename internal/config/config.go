@@ -19,6 +19,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/sluice-proxy/sluice/internal/dns"
 	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/sshlink"
@@ -77,7 +78,7 @@ type Log struct {
 
 // Inbound is one place to listen at. Which of its fields apply depends on Type: see [InboundTypes].
 type Inbound struct {
-	Name        string   `yaml:"name"` // default: type and listen
+	Name        string   `yaml:"name"` // default: type and listen; of a tun, that of its device, default: sluice0
 	Type        string   `yaml:"type"`
 	Listen      Listen   `yaml:"listen"`
 	Mode        FileMode `yaml:"mode"`         // permissions of the Unix socket; default: 0600
@@ -91,11 +92,15 @@ type Inbound struct {
 	Open        bool     `yaml:"open"`         // anyone may use it, on a public address too
 	Setup       bool     `yaml:"setup"`        // bring the traffic here, by rules of the packet filter
 	From        []Source `yaml:"from"`         // whose traffic; empty: this machine's
-	Include     []Prefix `yaml:"include"`      // destinations whose traffic is brought here; empty: all
-	Exclude     []Prefix `yaml:"exclude"`      // destinations left alone although included
+	Include     []Prefix `yaml:"include"`      // destinations that are taken in; empty: all
+	Exclude     []Prefix `yaml:"exclude"`      // destinations that are not
 	Allow       []Prefix `yaml:"allow"`        // clients let in; empty: all
 	Deny        []Prefix `yaml:"deny"`         // clients refused although allowed
 	MaxConns    int      `yaml:"max-conns"`    // sessions at a time; 0: no limit
+
+	Netns string `yaml:"netns"` // network namespace of a tun; empty: the program's
+	MTU   int    `yaml:"mtu"`   // of its device
+	DNS   DNS    `yaml:"dns"`   // what becomes of DNS questions in it
 
 	RatePerSession  Rate `yaml:"rate-per-session"`  // what each direction of a session may pass on; 0: no limit
 	Rate            Rate `yaml:"rate"`              // what all sessions may pass on, both directions; 0: no limit
@@ -320,6 +325,24 @@ func (p Prefix) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
 
 // String returns p, always with its length.
 func (p Prefix) String() string { return netip.Prefix(p).String() }
+
+// DNS says what becomes of DNS questions, in the words of [dns.ParseMode]. Empty is one that was not given.
+type DNS string
+
+// UnmarshalText reads what dns.ParseMode reads.
+func (d *DNS) UnmarshalText(text []byte) error {
+	if _, _, err := dns.ParseMode(string(text)); err != nil {
+		return errors.New(strings.TrimPrefix(err.Error(), "dns: "))
+	}
+	*d = DNS(text)
+	return nil
+}
+
+// MarshalText writes d as UnmarshalText reads it.
+func (d DNS) MarshalText() ([]byte, error) { return []byte(d), nil }
+
+// String returns d as it is written.
+func (d DNS) String() string { return string(d) }
 
 // Error is one thing that is wrong with a Config.
 type Error struct {

@@ -54,7 +54,9 @@ func (c *Config) fill(l *errorList) {
 	for i := range c.Inbounds {
 		in, path := &c.Inbounds[i], fmt.Sprintf("inbounds[%d]", i)
 		c.fillInbound(l, in, path, sound)
-		if in.Name == "" && in.Type != "" {
+		if in.Name == "" && in.Type == "tun" {
+			in.nameDevice(names)
+		} else if in.Name == "" && in.Type != "" {
 			in.Name = in.defaultName()
 			if _, taken := names[in.Name]; taken {
 				in.Name = fmt.Sprintf("%s#%d", in.Name, i)
@@ -81,7 +83,10 @@ func (c *Config) fillInbound(l *errorList, in *Inbound, path string, outboundsSo
 	if !checkType(l, path, in.Type, t != nil, InboundTypes()) {
 		return
 	}
-	checkKeys(l, path, t.name, reflect.ValueOf(in).Elem(), "listen "+t.needs, t.has)
+	checkKeys(l, path, t.name, reflect.ValueOf(in).Elem(), t.wants(), t.has)
+	if !t.listens() {
+		c.fillTUN(l, in, path)
+	}
 	if in.SendProxy != "" && t.has("send-proxy") {
 		oneOf(l, path+".send-proxy", in.SendProxy, SendProxyVersions)
 	}

@@ -208,7 +208,7 @@ inbounds: [{type: mixed, listen: 1}]
 		{"inbounds", `
 inbounds:
 - type: sock5       # inbounds[0].type: unknown type "sock5" (did you mean socks5?)
-- listen: 1         # inbounds[1].type: missing (one of forward, socks5, http, mixed, reverse, redirect, tproxy)
+- listen: 1         # inbounds[1].type: missing (one of forward, socks5, http, mixed, reverse, redirect, tproxy, tun)
 - type: forward     # inbounds[2].listen: missing # inbounds[2].to: missing
   open: true        # inbounds[2].open: does not apply to type forward
   max-conns: -1     # inbounds[2].max-conns: -1 is negative (remove the key for no limit)
@@ -461,9 +461,9 @@ rules:
 // TestErrorsInOrder: the complaints come in the order of the file, whichever step found them.
 func TestErrorsInOrder(t *testing.T) {
 	_, err := Load("s.yaml", []byte("inbounds:\n- type: x\n  listen: y\n- type: z\nfoo: 1\n"))
-	want := "s.yaml:2: inbounds[0].type: unknown type \"x\" (known: forward, socks5, http, mixed, reverse, redirect, tproxy)\n" +
+	want := "s.yaml:2: inbounds[0].type: unknown type \"x\" (known: forward, socks5, http, mixed, reverse, redirect, tproxy, tun)\n" +
 		"s.yaml:3: inbounds[0].listen: address \"y\": missing port (as in y:80)\n" +
-		"s.yaml:4: inbounds[1].type: unknown type \"z\" (known: forward, socks5, http, mixed, reverse, redirect, tproxy)\n" +
+		"s.yaml:4: inbounds[1].type: unknown type \"z\" (known: forward, socks5, http, mixed, reverse, redirect, tproxy, tun)\n" +
 		"s.yaml:5: foo: unknown key (known: log, idle, half-open, dial-timeout, handshake-timeout, grace, busy-poll, inbounds, outbounds, rules)"
 	if err == nil || err.Error() != want {
 		t.Errorf("got\n%v\nwant\n%s", err, want)

@@ -18,6 +18,7 @@ var inboundTypes = []inboundType{
 	{"reverse", reverse, "to via", ""},
 	{"redirect", redirect, "", captureKeys},
 	{"tproxy", tproxy, "", captureKeys},
+	{"tun", tun, "", "netns include exclude mtu dns"},
 }
 
 // outboundTypes is the table of outbound types. A new one is a file in package outbound and a line
@@ -34,19 +35,19 @@ var outboundTypes = []outboundType{
 
 // The keys that several types share.
 const (
-	inboundKeys = "name type listen mode accept-proxy via allow deny max-conns " +
-		"rate-per-session rate quota-per-session" // every inbound
-	portKeys     = "reuse-port"                          // whatever binds a port here
-	usersKeys    = "users-file users-env open"           // every proxy
-	captureKeys  = "setup from include exclude"          // what traffic is brought to without its knowledge
-	outboundKeys = "name type"                           // every outbound
-	serverKeys   = "user password-file password-env via" // every upstream proxy
+	inboundKeys  = "name type via rate-per-session rate quota-per-session" // every inbound
+	listenKeys   = "listen mode accept-proxy allow deny max-conns"         // every inbound that clients connect to
+	portKeys     = "reuse-port"                                            // whatever binds a port here
+	usersKeys    = "users-file users-env open"                             // every proxy
+	captureKeys  = "setup from include exclude"                            // what traffic is brought to without its knowledge
+	outboundKeys = "name type"                                             // every outbound
+	serverKeys   = "user password-file password-env via"                   // every upstream proxy
 )
 
 type inboundType struct {
 	name  string
 	build func(in *Inbound, l inbound.Listener, users inbound.Users) proxy.Inbound
-	needs string // keys that must be given, beside listen
+	needs string // keys that must be given, beside listen where clients connect to it
 	takes string // keys that may be given, beside inboundKeys
 }
 
@@ -75,8 +76,19 @@ func (t *inboundType) isFar() bool { return hasWord("via", t.needs) }
 // isTransparent says whether clients come to it without their knowledge.
 func (t *inboundType) isTransparent() bool { return t.has("setup") }
 
+// listens says whether clients connect to it. Otherwise it takes packets out of a device.
+func (t *inboundType) listens() bool { return !t.has("netns") }
+
+// wants returns the keys that must be given.
+func (t *inboundType) wants() string {
+	if !t.listens() {
+		return t.needs
+	}
+	return "listen " + t.needs
+}
+
 func (t *inboundType) has(key string) bool {
-	return hasWord(key, inboundKeys, t.needs, t.takes)
+	return hasWord(key, inboundKeys, t.needs, t.takes) || hasWord(key, listenKeys) && t.listens()
 }
 
 func (t *outboundType) has(key string) bool {
