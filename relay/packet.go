@@ -55,10 +55,29 @@ type PacketConn interface {
 	Close() error
 }
 
+// BatchReader is a PacketConn that often has more than one datagram.
+type BatchReader interface {
+	// ReadMore is ReadPacket for those that are there already: it fills ps as far as they go, and returns how many they were. It
+	// does not wait, and leaves errors to ReadPacket.
+	ReadMore(ps []Packet) int
+}
+
+// BatchWriter is a PacketConn that several datagrams cost less than each by itself.
+type BatchWriter interface {
+	// WritePackets is WritePacket for each of ps in turn, up to the first error: that is about ps[n].
+	WritePackets(ps []Packet) (n int, err error)
+}
+
 // Refuser is a PacketConn of a client that can be told that a datagram of its could not be delivered, as by ICMP.
 type Refuser interface {
 	// Refuse says so of datagrams to e. It does not block.
 	Refuse(e Endpoint, err error)
+}
+
+// Dropper is a PacketConn that keeps what has come until it is read, and drops what it has no room for.
+type Dropper interface {
+	// Dropped returns how many datagrams it has dropped.
+	Dropped() int64
 }
 
 // UnreachableError says that datagrams to a place do not arrive, as far as an ICMP message tells. Others still may.
@@ -107,6 +126,14 @@ func (p *Packet) Grow(n int) []byte {
 		p.Data = p.large[:n]
 	}
 	return p.Data
+}
+
+// PacketMemory returns how much memory a packet has that was grown to n bytes.
+func PacketMemory(n int) int64 {
+	if n <= packetSmall {
+		return packetSmall
+	}
+	return packetLarge
 }
 
 // Free gives p's memory back; Data is nil then. It may be called twice.

@@ -30,7 +30,8 @@ func (s *PacketStats) Bytes() (aToB, bToA int64) { return s.bytes[A].Load(), s.b
 // Packets returns the datagrams passed on so far from each side.
 func (s *PacketStats) Packets() (aToB, bToA int64) { return s.packets[A].Load(), s.packets[B].Load() }
 
-// Dropped returns the datagrams from each side that were read and could not be passed on.
+// Dropped returns the datagrams from each side that could not be passed on. Those that a [Dropper] has not even
+// kept are added at the end.
 func (s *PacketStats) Dropped() (aToB, bToA int64) { return s.dropped[A].Load(), s.dropped[B].Load() }
 
 // PacketResult says what became of a relay of datagrams.
@@ -61,6 +62,11 @@ func (r *Relay) JoinPackets(ctx context.Context, client, origin PacketConn, st *
 	pumps.Wait()
 	stop()
 	p.timer.Stop()
+	for s, c := range p.conns {
+		if d, ok := c.(Dropper); ok {
+			st.dropped[s].Add(d.Dropped())
+		}
+	}
 	return PacketResult{Err: p.err, End: p.how, First: p.first, Duration: time.Since(p.start)}
 }
 
@@ -116,6 +122,12 @@ func (p *packetPair) end(s Side, how End, err error) {
 	})
 }
 
+// batchMax is how many datagrams are passed on at a time.
+const batchMax = 64
+
+// batches are those of pumps that have more than one datagram: who waits holds none.
+var batches = sync.Pool{New: func() any { return new([batchMax]Packet) }}
+
 // pump moves the datagrams from s until the pair's end.
 func (p *packetPair) pump(s Side) {
 	defer func() {
@@ -123,10 +135,14 @@ func (p *packetPair) pump(s Side) {
 			p.end(s, Read, fmt.Errorf("%w: %v", ErrPanic, v))
 		}
 	}()
-	var pkt Packet
-	defer pkt.Free()
+	more, _ := p.conns[s].(BatchReader)
+	if p.gov != nil {
+		more = nil // each by itself is held back
+	}
+	one := make([]Packet, 1)
+	defer one[0].Free()
 	for {
-		if err := p.conns[s].ReadPacket(&pkt); err != nil {
+		if err := p.conns[s].ReadPacket(&one[0]); err != nil {
 			unreachable, ok := errors.AsType[*UnreachableError](err)
 			if !ok {
 				p.end(s, Read, err)
@@ -135,26 +151,71 @@ func (p *packetPair) pump(s Side) {
 			p.refuse(s, unreachable.To, unreachable.Err)
 			continue
 		}
-		p.moved.Store(int64(time.Since(p.start)))
-		if s == A && pkt.Endpoint.Port != 53 {
-			p.onlyDNS.Store(false)
-		}
-		n := len(pkt.Data)
-		if !p.admit(s, n) {
+		if !p.admit(s, len(one[0].Data)) {
 			return
 		}
-		if err := p.conns[s.other()].WritePacket(&pkt); err != nil {
-			p.stats.dropped[s].Add(1)
-			if errors.Is(err, net.ErrClosed) {
-				p.end(s.other(), Read, err)
+		if more == nil {
+			if !p.pass(s, one) {
 				return
 			}
-			p.refuse(s.other(), pkt.Endpoint, err)
-		} else {
-			p.stats.packets[s].Add(1)
-			p.stats.bytes[s].Add(int64(n))
+			continue
 		}
-		pkt.Free()
+		batch := batches.Get().(*[batchMax]Packet)
+		batch[0], one[0] = one[0], Packet{}
+		n := 1 + more.ReadMore(batch[1:])
+		ok := p.pass(s, batch[:n])
+		batches.Put(batch)
+		if !ok {
+			return
+		}
+	}
+}
+
+// pass writes ps, which came from s, to the other side, and frees them. It returns false if that is closed.
+func (p *packetPair) pass(s Side, ps []Packet) bool {
+	defer freePackets(ps)
+	p.moved.Store(int64(time.Since(p.start)))
+	for i := range ps {
+		if s == A && ps[i].Endpoint.Port != 53 {
+			p.onlyDNS.Store(false)
+		}
+	}
+	for len(ps) > 0 {
+		n, err := writePackets(p.conns[s.other()], ps)
+		for i := range ps[:n] {
+			p.stats.packets[s].Add(1)
+			p.stats.bytes[s].Add(int64(len(ps[i].Data)))
+		}
+		ps = ps[n:]
+		if err == nil {
+			continue
+		}
+		p.stats.dropped[s].Add(1)
+		if errors.Is(err, net.ErrClosed) {
+			p.end(s.other(), Read, err)
+			return false
+		}
+		p.refuse(s.other(), ps[0].Endpoint, err)
+		ps = ps[1:]
+	}
+	return true
+}
+
+// writePackets writes as many of ps as c takes at a time, and returns how many, and the error of the one behind them.
+func writePackets(c PacketConn, ps []Packet) (n int, err error) {
+	if w, ok := c.(BatchWriter); ok && len(ps) > 1 {
+		return w.WritePackets(ps)
+	}
+	if err := c.WritePacket(&ps[0]); err != nil {
+		return 0, err
+	}
+	return 1, nil
+}
+
+func freePackets(ps []Packet) {
+	for i := range ps {
+		ps[i].Free()
+		ps[i].Endpoint = Endpoint{}
 	}
 }
 

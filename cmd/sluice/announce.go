@@ -54,11 +54,15 @@ func (p *program) announce(c *config.Config, services []*service) {
 
 // tryIt returns a command to copy, or nothing.
 func tryIt(in config.Inbound, at net.Addr) string {
-	tcp, ok := at.(*net.TCPAddr)
-	if !ok {
+	var host netip.AddrPort
+	switch at := at.(type) {
+	case *net.TCPAddr:
+		host = at.AddrPort()
+	case *net.UDPAddr:
+		host = at.AddrPort()
+	default:
 		return ""
 	}
-	host := tcp.AddrPort()
 	if a := host.Addr().Unmap(); a.IsUnspecified() {
 		host = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), host.Port())
 	} else {
@@ -74,6 +78,12 @@ func tryIt(in config.Inbound, at net.Addr) string {
 	case "http":
 		return fmt.Sprintf("curl -x http://%v %shttps://example.com/", host, user)
 	case "forward":
+		if in.To.Network == "udp" {
+			if in.To.Port == 53 {
+				return fmt.Sprintf("dig @%v -p %d example.com", host.Addr(), host.Port())
+			}
+			return ""
+		}
 		if in.To.Port == 80 {
 			return fmt.Sprintf("curl -H 'Host: %s' http://%v/", in.To.Host, host)
 		}
@@ -99,6 +109,11 @@ func show(a net.Addr) string {
 		if a.IP.IsUnspecified() {
 			return fmt.Sprintf(":%d (all addresses)", a.Port)
 		}
+	case *net.UDPAddr:
+		if a.IP.IsUnspecified() {
+			return fmt.Sprintf("udp://:%d (all addresses)", a.Port)
+		}
+		return "udp://" + a.String()
 	case *net.UnixAddr:
 		return proxy.Addr{Network: "unix", Host: a.Name}.String()
 	}

@@ -96,11 +96,13 @@ func (p *program) forwardCommand() *cobra.Command {
 
 LISTEN is a port on this machine's loopback (8080), host:port, :port for all
 addresses, or unix:///path. DST is host:port, a port on this machine, or unix:///path.
+With udp:// before LISTEN, datagrams are forwarded.
 Names are resolved for each connection, by the last proxy on the way if there is one.`,
 		Example: `  sluice forward 8080 example.com:80
   sluice forward :5432 unix:///run/postgresql/.s.PGSQL.5432
   sluice forward 5432 db.internal:5432 --via ssh://bastion
-  sluice forward :443 10.0.0.7:443 --send-proxy v2`,
+  sluice forward :443 10.0.0.7:443 --send-proxy v2
+  sluice forward udp://5353 192.0.2.1:53`,
 		Args:              wantArgs(2, "needs LISTEN and DST (as in sluice forward 8080 example.com:80)"),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {

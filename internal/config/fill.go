@@ -90,12 +90,13 @@ func (c *Config) fillInbound(l *errorList, in *Inbound, path string, outboundsSo
 	if in.SendProxy != "" && t.has("send-proxy") {
 		oneOf(l, path+".send-proxy", in.SendProxy, SendProxyVersions)
 	}
+	c.fillDatagrams(l, in, path, t)
 	if in.MaxConns < 0 {
 		l.add(path+".max-conns", "%d is negative (remove the key for no limit)", in.MaxConns)
 	}
 	if t.isFar() && (in.Mode != 0 || l.src.has(path+".mode")) {
 		l.add(path+".mode", "does not apply to type %s", t.name)
-	} else if in.Mode != 0 && in.Listen.Network == "tcp" {
+	} else if in.Mode != 0 && in.Listen.Network != "unix" && in.Listen.Network != "" {
 		l.add(path+".mode", "is for Unix sockets (listen: unix:///path)")
 	}
 	if t.isFar() && in.AcceptProxy {
@@ -121,10 +122,45 @@ func (c *Config) fillInbound(l *errorList, in *Inbound, path string, outboundsSo
 		switch {
 		case err != nil:
 			l.add(path+".via", "%w", err)
+		case in.Listen.Network == "udp" && streamsOnly(hops) != "":
+			l.add(path+".via", "%s carries streams only, and %v takes datagrams in", streamsOnly(hops), in.Listen)
 		case t.isFar() && len(hops) > 0 && hops[len(hops)-1].out.Type != "ssh":
 			l.add(path+".via", "type %s listens at an SSH server, which must be the last hop (as in ssh://host)", t.name)
 		}
 	}
+}
+
+// fillDatagrams checks what is about datagrams. The place to listen at decides whether a forward carries them, so its destination
+// need not say so again.
+func (c *Config) fillDatagrams(l *errorList, in *Inbound, path string, t *inboundType) {
+	isUDP := in.Listen.Network == "udp"
+	switch {
+	case !isUDP && in.To.Network == "udp":
+		l.add(path+".to", "%v takes datagrams, and %v streams: listen at udp:// as well", in.To, in.Listen)
+	case !isUDP:
+	case t.name != "forward":
+		l.add(path+".listen", "type %s takes streams in, and udp:// is for type forward", t.name)
+	case in.To.Network == "unix":
+		l.add(path+".to", "%v takes no datagrams", in.To)
+	case in.To.Network == "tcp":
+		in.To.Network = "udp"
+	}
+	if isUDP && in.SendProxy != "" {
+		l.add(path+".send-proxy", "does not apply to datagrams")
+	}
+	if isUDP && in.AcceptProxy {
+		l.add(path+".accept-proxy", "does not apply to datagrams")
+	}
+}
+
+// streamsOnly returns the first of the hops that carries no datagrams, or nothing.
+func streamsOnly(hops []hop) string {
+	for _, h := range hops {
+		if slices.Contains([]string{"http", "https", "ssh"}, h.out.Type) {
+			return h.label
+		}
+	}
+	return ""
 }
 
 // fillOutbounds says whether chains over the outbounds can be followed.

@@ -140,6 +140,19 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
+// The place to listen at says that a forward is one of datagrams.
+func TestForwardOfDatagrams(t *testing.T) {
+	for _, to := range []string{"192.0.2.1:53", "udp://192.0.2.1:53"} {
+		c, err := Load("a.yaml", []byte("inbounds: [{type: forward, listen: 'udp://53', to: '"+to+"'}, {type: mixed, listen: 53}]"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if in := c.Inbounds[0]; in.To.String() != "udp://192.0.2.1:53" || in.Name != "forward@udp://127.0.0.1:53" {
+			t.Errorf("%+v", in)
+		}
+	}
+}
+
 // TestErrors loads files that are wrong. Each line of a file says in a comment what is wrong with it;
 // complaints that belong to no line in particular are in more.
 func TestErrors(t *testing.T) {
@@ -166,6 +179,24 @@ grace: [1s]          # grace: expected one value, found a list
 grace: 1s            # grace: given twice: first on line 8
 busy-poll: 5ms       # busy-poll: 5ms is too long: 1ms at most, and 50us is a good value
 inbounds:            # inbounds: has no value: give one or remove the key
+`, ""},
+		{"datagrams", `
+inbounds:
+- type: mixed
+  listen: udp://1080 # inbounds[0].listen: type mixed takes streams in, and udp:// is for type forward
+- type: forward
+  listen: 1
+  to: udp://192.0.2.1:53 # inbounds[1].to: udp://192.0.2.1:53 takes datagrams, and 127.0.0.1:1 streams: listen at udp:// as well
+- type: forward
+  listen: udp://1
+  to: unix:///run/x # inbounds[2].to: unix:///run/x takes no datagrams
+  mode: 0660        # inbounds[2].mode: is for Unix sockets (listen: unix:///path)
+  send-proxy: v1    # inbounds[2].send-proxy: does not apply to datagrams
+  accept-proxy: true # inbounds[2].accept-proxy: does not apply to datagrams
+- type: forward
+  listen: udp://2
+  to: 192.0.2.1:53
+  via: ["socks5://10.0.0.1:1", "http://10.0.0.2:2"] # inbounds[3].via: http://10.0.0.2:2 carries streams only, and udp://127.0.0.1:2 takes datagrams in
 `, ""},
 		{"log", `
 log:

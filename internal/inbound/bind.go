@@ -30,6 +30,8 @@ func bind(ctx context.Context, a proxy.Addr, mode fs.FileMode, control sockopt.C
 	switch a.Network {
 	case "tcp":
 		return bindTCP(ctx, a, control)
+	case "udp":
+		return nil, fmt.Errorf("inbound: cannot listen at %v: streams are served here, not datagrams: %w", a, errors.ErrUnsupported)
 	case "unix":
 		return bindUnix(ctx, a.Host, cmp.Or(mode.Perm(), 0o600))
 	case "":
@@ -43,18 +45,35 @@ func bindTCP(ctx context.Context, a proxy.Addr, control sockopt.Control) (net.Li
 	// Sockets of multipath TCP differ in resets and options, and the relay counts on those of TCP.
 	lc.SetMultipathTCP(false)
 	ln, err := lc.Listen(ctx, "tcp", a.HostPort())
+	if err != nil {
+		return nil, explainBind(a, err)
+	}
+	return ln, nil
+}
+
+// bindUDP opens a socket for datagrams at a, with these options beside those that all have.
+func bindUDP(ctx context.Context, a proxy.Addr, options ...sockopt.Control) (*net.UDPConn, error) {
+	const receiveBuffer = 4 << 20 // for the loop to be away for a while
+	lc := net.ListenConfig{Control: sockopt.All(append(options, sockopt.ReceiveBuffer(receiveBuffer))...)}
+	c, err := lc.ListenPacket(ctx, "udp", a.HostPort())
+	if err != nil {
+		return nil, explainBind(a, err)
+	}
+	return c.(*net.UDPConn), nil
+}
+
+// explainBind adds to err, of binding a, what can be done about it.
+func explainBind(a proxy.Addr, err error) error {
 	switch {
-	case err == nil:
-		return ln, nil
 	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, &bindError{inUse(a.String(), listeningInode(a)), err}
+		return &bindError{inUse(a.String(), boundInode(a)), err}
 	case errors.Is(err, syscall.EACCES) && a.Port > 0 && a.Port < 1024:
-		return nil, &bindError{fmt.Sprintf("%v: ports below 1024 need privileges: choose a higher port, or allow it with "+
+		return &bindError{fmt.Sprintf("%v: ports below 1024 need privileges: choose a higher port, or allow it with "+
 			"`setcap cap_net_bind_service=+ep` on the program", a), err}
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return nil, &bindError{fmt.Sprintf("%v: this machine has no address %s", a, a.Host), err}
+		return &bindError{fmt.Sprintf("%v: this machine has no address %s", a, a.Host), err}
 	}
-	return nil, fmt.Errorf("inbound: %w", err)
+	return fmt.Errorf("inbound: %w", err)
 }
 
 // bindUnix listens at a socket file, which Close removes. A socket file that nobody listens at is

@@ -13,7 +13,8 @@ import (
 )
 
 // Forward sends every client to one destination. A client whose destination cannot be reached is
-// reset, as it would be by a host where nobody listens.
+// reset, as it would be by a host where nobody listens. At a UDP address it forwards datagrams, to a destination that is
+// UDP as well; then AcceptProxy and SendProxy cannot be.
 type Forward struct {
 	Listener
 	To proxy.Addr // where all clients go
@@ -22,6 +23,8 @@ type Forward struct {
 	// with and that tells it the client's address; 0: none. For a client of a Unix socket, which
 	// has no address, the header says UNKNOWN or LOCAL.
 	SendProxy int
+
+	packets *demux // nil but for UDP
 }
 
 var _ proxy.Inbound = (*Forward)(nil)
@@ -34,6 +37,12 @@ func (f *Forward) Listen(ctx context.Context) error {
 	if f.SendProxy < 0 || f.SendProxy > 2 {
 		return fmt.Errorf("inbound: forward: there is no version %d of the PROXY header (1 or 2)", f.SendProxy)
 	}
+	if (f.Addr.Network == "udp") != (f.To.Network == "udp") {
+		return fmt.Errorf("inbound: forward: cannot forward from %v to %v: datagrams on one side only", f.Addr, f.To)
+	}
+	if f.Addr.Network == "udp" {
+		return f.listenPackets(ctx)
+	}
 	if err := f.Listener.Listen(ctx); err != nil || f.AcceptProxy {
 		return err
 	}
@@ -42,6 +51,9 @@ func (f *Forward) Listen(ctx context.Context) error {
 
 // Serve implements proxy.Inbound.
 func (f *Forward) Serve(ctx context.Context, h proxy.Handler) error {
+	if f.packets != nil {
+		return f.packets.serve(ctx, h)
+	}
 	handle := func(ctx context.Context, c *client) { f.serveClient(ctx, h, c) }
 	if q, ok := h.(proxy.NowHandler); ok {
 		now := func(ctx context.Context, c *client) bool {

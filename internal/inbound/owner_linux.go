@@ -19,14 +19,19 @@ import (
 
 func fchmod(fd uintptr, mode os.FileMode) { unix.Fchmod(int(fd), uint32(mode.Perm())) }
 
-// listeningInode returns the inode of the socket that listens at a, or at all addresses at a's
+// boundInode returns the inode of the socket that listens at a, or at all addresses at a's
 // port; empty if there is none to be seen.
-func listeningInode(a proxy.Addr) string {
-	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+func boundInode(a proxy.Addr) string {
+	const listening, unconnected = "0A", "07"
+	files, state := []string{"/proc/net/tcp", "/proc/net/tcp6"}, listening
+	if a.Network == "udp" {
+		files, state = []string{"/proc/net/udp", "/proc/net/udp6"}, unconnected
+	}
+	for _, file := range files {
 		var found string
 		eachLine(file, func(f []string) bool {
-			// sl local rem st queues timer retrnsmt uid timeout inode; 0A is LISTEN
-			if len(f) < 10 || f[3] != "0A" {
+			// sl local rem st queues timer retrnsmt uid timeout inode
+			if len(f) < 10 || f[3] != state {
 				return true
 			}
 			local, ok := procAddr(f[1])

@@ -13,7 +13,7 @@ import (
 
 func fchmod(uintptr, fs.FileMode) {}
 
-func listeningInode(proxy.Addr) string { return "" }
+func boundInode(proxy.Addr) string { return "" }
 
 func unixInode(string) string { return "" }
 

@@ -13,8 +13,7 @@ import (
 	"github.com/sluice-proxy/sluice/internal/socks5"
 )
 
-// SOCKS5 takes in clients that say by SOCKS5 where they want to go, RFC 1928. It serves CONNECT;
-// BIND and UDP ASSOCIATE are answered as not supported.
+// SOCKS5 takes in clients that say by SOCKS5 where they want to go, RFC 1928: by CONNECT, BIND and UDP ASSOCIATE.
 //
 // A client hears success only when its destination was reached, and otherwise the reason. It may send
 // its first bytes right behind its request, before it has heard anything.
@@ -47,17 +46,25 @@ func (s *SOCKS5) serveClient(ctx context.Context, h proxy.Handler, c *client) {
 		return
 	}
 	p := &socks5Pending{c}
-	if req.Command != socks5.Connect {
-		p.reply(socks5.CommandUnsupported)
-		c.fail(fmt.Errorf("inbound: socks5: client asked for %v, and only CONNECT is served: %w",
-			req.Command, errors.ErrUnsupported))
+	if req.Command == socks5.UDPAssociate {
+		associate(ctx, h, p, req)
+		return
+	}
+	if req.Command != socks5.Connect && req.Command != socks5.Bind {
+		p.reply(socks5.CommandUnsupported, nil)
+		c.fail(fmt.Errorf("inbound: socks5: client asked for %v, which there is not: %w", req.Command, errors.ErrUnsupported))
 		return
 	}
 	if err := c.handshook(); err != nil {
 		c.fail(err)
 		return
 	}
-	h.HandleStream(ctx, c.flow(proxy.TCP(req.Addr.Host, req.Addr.Port), req.User), p)
+	f := c.flow(proxy.TCP(req.Addr.Host, req.Addr.Port), req.User)
+	if req.Command == socks5.Bind {
+		h.HandleStream(ctx, f, &socks5Expectant{socks5Pending: p})
+		return
+	}
+	h.HandleStream(ctx, f, p)
 }
 
 // socks5Pending is a client that waits for the reply to its CONNECT.
@@ -65,7 +72,11 @@ type socks5Pending struct{ *client }
 
 // Accept implements [proxy.Pending].
 func (p *socks5Pending) Accept() (net.Conn, []byte, error) {
-	if err := p.reply(socks5.Succeeded); err != nil {
+	return p.accept(nil)
+}
+
+func (p *socks5Pending) accept(named net.Addr) (net.Conn, []byte, error) {
+	if err := p.reply(socks5.Succeeded, named); err != nil {
 		p.Close()
 		return nil, nil, fmt.Errorf("inbound: %w", err)
 	}
@@ -74,7 +85,7 @@ func (p *socks5Pending) Accept() (net.Conn, []byte, error) {
 
 // Reject implements [proxy.Pending].
 func (p *socks5Pending) Reject(err error) {
-	if p.reply(socks5Reply(proxy.ReasonOf(err))) != nil {
+	if p.reply(socks5Reply(proxy.ReasonOf(err)), nil) != nil {
 		p.Close()
 		return
 	}
@@ -85,13 +96,39 @@ func (p *socks5Pending) Reject(err error) {
 // client that has read its earlier answers.
 const replyTimeout = time.Second
 
-// reply writes the reply. It names no address: the one that RFC 1928 has in mind, of the near end of
+// reply writes the reply. To CONNECT it names no address: the one that RFC 1928 has in mind, of the near end of
 // the connection to the destination, is not known here, and may belong to another machine.
-func (p *socks5Pending) reply(r socks5.Reply) error {
+func (p *socks5Pending) reply(r socks5.Reply, named net.Addr) error {
 	p.SetWriteDeadline(time.Now().Add(replyTimeout))
 	defer p.SetWriteDeadline(time.Time{})
-	return socks5.WriteReply(p, r, netip.AddrPort{})
+	var at netip.AddrPort
+	if named != nil {
+		at, _ = netip.ParseAddrPort(named.String()) // a name, which a proxy behind us may have, cannot be told
+	}
+	return socks5.WriteReply(p, r, at)
 }
+
+// socks5Expectant is a client that waits for the two replies to its BIND.
+type socks5Expectant struct {
+	*socks5Pending
+	from net.Addr
+}
+
+var _ proxy.Expectant = (*socks5Expectant)(nil)
+
+// Bound implements [proxy.Expectant]. What listens at all addresses listens, for this client, where the client has come to.
+func (p *socks5Expectant) Bound(at net.Addr) error {
+	if t, ok := at.(*net.TCPAddr); ok && t.IP.IsUnspecified() && p.local.IsValid() {
+		at = net.TCPAddrFromAddrPort(netip.AddrPortFrom(p.local.Addr(), uint16(t.Port)))
+	}
+	return p.reply(socks5.Succeeded, at)
+}
+
+// Came implements [proxy.Expectant].
+func (p *socks5Expectant) Came(from net.Addr) { p.from = from }
+
+// Accept implements [proxy.Pending].
+func (p *socks5Expectant) Accept() (net.Conn, []byte, error) { return p.accept(p.from) }
 
 // socks5Reply returns the reply that says r.
 func socks5Reply(r proxy.Reason) socks5.Reply {

@@ -154,8 +154,7 @@ func TestSOCKS5Refuses(t *testing.T) {
 		told  string
 		log   string
 	}{
-		{"BIND", nil, socks5Greeting + "\x05\x02\x00\x01\x00\x00\x00\x00\x00\x00", "\x05\x00" + socks5No(7), "BIND"},
-		{"UDP ASSOCIATE", nil, socks5Greeting + "\x05\x03\x00\x01\x00\x00\x00\x00\x00\x00", "\x05\x00" + socks5No(7), "UDP ASSOCIATE"},
+		{"unknown command", nil, socks5Greeting + "\x05\x04\x00\x01\x00\x00\x00\x00\x00\x00", "\x05\x00" + socks5No(7), "command 4"},
 		{"wrong password", users, "\x05\x01\x02\x01\x03ann\x05wrong" + socks5Request, "\x05\x02\x01\x01", "reason=denied"},
 		{"no password", users, socks5Greeting + socks5Request, "\x05\xff", "reason=denied"},
 		{"no users", Users{}, socks5Login + socks5Request, "\x05\x02\x01\x01", "reason=denied"},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/socks5"
@@ -32,28 +33,57 @@ func (s *SOCKS5) DialStream(ctx context.Context, dst proxy.Addr) (net.Conn, erro
 	if dst.Network != "tcp" {
 		return nil, fmt.Errorf("outbound: socks5 %v: cannot ask for %v: %w", s.Server, dst, errors.ErrUnsupported)
 	}
-	via := s.Via
-	if via == nil {
-		via = &Direct{}
+	conn, _, err := s.request(ctx, socks5.Connect, dst)
+	return conn, err
+}
+
+func (s *SOCKS5) via() proxy.Dialer {
+	if s.Via == nil {
+		return &Direct{}
 	}
-	conn, err := via.DialStream(ctx, s.Server)
+	return s.Via
+}
+
+// request asks the proxy for cmd and dst, and returns the conn to it and the address that it names.
+func (s *SOCKS5) request(ctx context.Context, cmd socks5.Command, dst proxy.Addr) (net.Conn, socks5.Addr, error) {
+	conn, err := s.via().DialStream(ctx, s.Server)
 	if err != nil {
-		return nil, ofHop(fmt.Errorf("outbound: socks5 %v: proxy unreachable: %w", s.Server, err))
+		return nil, socks5.Addr{}, ofHop(fmt.Errorf("outbound: socks5 %v: proxy unreachable: %w", s.Server, err))
 	}
 	// The end of ctx breaks the conn off, which interrupts the handshake. A deadline would have to be taken
 	// off again, and conns inside SSH have none. It is a reset, for a proxy that sees a clean end may take
 	// it for a half-close by somebody who still waits, and go on dialling dst.
 	stop := context.AfterFunc(ctx, func() { relay.Abort(conn) })
 	client := socks5.Client{User: s.User, Password: s.Password}
-	_, err = client.Handshake(conn, socks5.Connect, socks5.Addr{Host: dst.Host, Port: dst.Port})
+	bound, err := client.Handshake(conn, cmd, socks5.Addr{Host: dst.Host, Port: dst.Port})
 	if !stop() {
 		err = fmt.Errorf("no answer for %v: %w", dst, context.Cause(ctx)) // and not that the conn was closed
 	} else if reply, ok := errors.AsType[socks5.Reply](err); ok {
-		err = ofOrigin(fmt.Errorf("origin %v: %w", dst, reply))
+		if cmd == socks5.Connect {
+			err = ofOrigin(fmt.Errorf("origin %v: %w", dst, reply))
+		} else {
+			err = fmt.Errorf("%v: %w", cmd, reply)
+		}
 	}
 	if err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("outbound: socks5 %v: %w", s.Server, err)
+		return nil, socks5.Addr{}, fmt.Errorf("outbound: socks5 %v: %w", s.Server, err)
 	}
-	return conn, nil
+	return conn, bound, nil
+}
+
+// reachable returns the address that the proxy has named at the other end of conn; one that only says "here" is that of
+// the proxy itself.
+func (s *SOCKS5) reachable(bound socks5.Addr, conn net.Conn) socks5.Addr {
+	ip, err := netip.ParseAddr(bound.Host)
+	if bound.Host != "" && (err != nil || !ip.IsUnspecified()) {
+		return bound
+	}
+	bound.Host = s.Server.Host
+	if a, ok := conn.RemoteAddr().(*net.TCPAddr); ok {
+		if _, direct := s.via().(*Direct); direct {
+			bound.Host = a.AddrPort().Addr().Unmap().String()
+		}
+	}
+	return bound
 }

@@ -213,7 +213,7 @@ clientmethod: none
 socksmethod: none
 client pass { from: 0/0 to: 0/0 }
 socks block { from: 0/0 to: 127.0.0.7/32 }
-socks pass { from: 0/0 to: 0/0 command: connect }
+socks pass { from: 0/0 to: 0/0 }
 `, a.Port, me.Username), 0o600)
 	if err != nil {
 		t.Fatal(err)

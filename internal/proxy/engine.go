@@ -295,7 +295,9 @@ func (a *attempt) await(ctx context.Context, d Dialer, p Expectant) (net.Conn, e
 	}
 	var origin net.Conn
 	if err == nil {
-		origin, err = ln.Accept()
+		if origin, err = ln.Accept(); err == nil {
+			p.Came(peerOf(ln, origin))
+		}
 	}
 	switch cause := ctx.Err(); {
 	case err == nil || cause == nil:
@@ -305,6 +307,14 @@ func (a *attempt) await(ctx context.Context, d Dialer, p Expectant) (net.Conn, e
 		err = fmt.Errorf("proxy: no stream came: %w", cause)
 	}
 	return origin, err
+}
+
+// peerOf returns the address that c came from, which ln has accepted.
+func peerOf(ln net.Listener, c net.Conn) net.Addr {
+	if p, ok := ln.(interface{ Peer() net.Addr }); ok {
+		return p.Peer()
+	}
+	return c.RemoteAddr()
 }
 
 // canceledError says why a dial was given up. It is a cancellation, whatever its cause.

@@ -15,7 +15,8 @@ func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	name, dialer := e.Router.Route(f)
-	s := e.newSession(f, name, func() {}) // c's Close says all
+	over := make(chan struct{})
+	s := e.newSession(f, name, func() { close(over) })
 	s.cancel = cancel
 	err := e.begin(ctx, s)
 	defer e.forgetPanicked(s)
@@ -29,6 +30,7 @@ func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) 
 		}
 		c.Close()
 		s.failed(err)
+		<-over
 		return
 	}
 	var st relay.PacketStats
@@ -38,6 +40,7 @@ func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) 
 		err = nil // this is how datagrams end
 	}
 	s.conclude(record{session: s, err: err, packets: &st})
+	<-over // until it is in the log: whoever called may be the last to wait for that
 }
 
 func (s *session) dialPackets(ctx context.Context, d Dialer) (relay.PacketConn, error) {

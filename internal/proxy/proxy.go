@@ -71,6 +71,8 @@ type Expectant interface {
 	// Bound tells the client where the stream is to come to. It is called once, before Accept, and not at
 	// all where no place can be had. On an error Reject is still to be called.
 	Bound(at net.Addr) error
+	// Came tells it, before Accept, of the address that the stream came from, as far as that is known.
+	Came(from net.Addr)
 }
 
 // NowHandler is a Handler that can begin some sessions without blocking.
@@ -114,7 +116,8 @@ type Binder interface {
 	Dialer
 	// Bind listens for one stream from the host of from, which may be a name, and from any port. An unspecified
 	// address stands for any host. The listener's Addr is what that host is to connect to, its Accept returns only streams of
-	// that host, and it ends with ctx. The caller closes the listener. Where it cannot be, the error is [errors.ErrUnsupported].
+	// that host, and it ends with ctx. Where a stream's RemoteAddr is not that host's, the listener has a method
+	// Peer() net.Addr that returns it. The caller closes the listener. Where it cannot be, the error is [errors.ErrUnsupported].
 	Bind(ctx context.Context, from Addr) (net.Listener, error)
 }
 

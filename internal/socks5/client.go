@@ -104,6 +104,10 @@ func (c *Client) authenticate(w io.Writer, m *message) error {
 	return nil
 }
 
+// ReadReply reads the second reply to BIND, RFC 1928 section 4, and not a byte more: the address is that of the host that has connected.
+// Its errors are those of [Client.Handshake].
+func ReadReply(r io.Reader) (peer Addr, err error) { return readReply(&message{r: r}) }
+
 // readReply reads the reply, RFC 1928 section 6. Of one that refuses only the first two bytes count:
 // there are servers that send no more.
 func readReply(m *message) (bound Addr, err error) {

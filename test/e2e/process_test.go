@@ -51,14 +51,19 @@ func isListening(addr string) bool {
 		_, err := os.Stat(path)
 		return err == nil
 	}
+	if udp, ok := strings.CutPrefix(addr, "udp://"); ok {
+		return inTableOf("udp", kernelAddr(udp)+" 00000000:0000 07 ")
+	}
 	return inTable(kernelAddr(addr) + " 00000000:0000 0A ")
 }
 
 // isDialing says whether somebody waits for an answer from addr.
 func isDialing(addr string) bool { return inTable(kernelAddr(addr) + " 02 ") }
 
-func inTable(entry string) bool {
-	table, err := os.ReadFile("/proc/net/tcp")
+func inTable(entry string) bool { return inTableOf("tcp", entry) }
+
+func inTableOf(network, entry string) bool {
+	table, err := os.ReadFile("/proc/net/" + network)
 	return err == nil && bytes.Contains(table, []byte(" "+entry))
 }
 
