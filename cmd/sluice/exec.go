@@ -60,7 +60,8 @@ func (o *execOptions) addExec(fs *pflag.FlagSet) {
 	fs.SortFlags = false
 	fs.SetInterspersed(false)
 	o.addVia(fs)
-	fs.Var(&textValue{&o.in.DNS}, "dns", "`how` names are resolved: fake (the last proxy does it), the address of a resolver that is asked\n"+
+	fs.Var(&textValue{&o.in.DNS}, "dns", "`how` names are resolved: fake (the last proxy does it), "+
+		"the address of a resolver that is asked\n"+
 		"through the proxy, fake,RESOLVER for what is not an address, or off (as outside)")
 	fs.IntVar(&o.in.MTU, "mtu", 0, "`size` of the largest packet of the command's network (default 1500)")
 	o.addRates(fs)
