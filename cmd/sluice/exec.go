@@ -11,6 +11,7 @@ import (
 
 	"github.com/sluice-proxy/sluice/internal/config"
 	"github.com/sluice-proxy/sluice/internal/enclosure"
+	"github.com/sluice-proxy/sluice/internal/tundev"
 )
 
 // defaultFlush is how long nothing may move of what a command that has ended has left.
@@ -44,6 +45,9 @@ Its names are resolved by the last proxy on the way, or here if there is none.`,
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.sessions = cmd.Flags().Changed("log-level")
+			if cmd.Flags().Changed("mtu") && (o.in.MTU < tundev.MinMTU || o.in.MTU > tundev.PacketMax) {
+				return usagef("--mtu: %d is not a number from %d to %d", o.in.MTU, tundev.MinMTU, tundev.PacketMax)
+			}
 			path, err := lookCommand(args[0])
 			if err != nil {
 				return err
@@ -67,7 +71,8 @@ func (o *execOptions) addExec(fs *pflag.FlagSet) {
 	o.addRates(fs)
 	o.addDirect(fs)
 	o.addLimits(fs)
-	durationFlag(fs, &o.cfg.Grace, "grace", defaultFlush, "when the command has ended, end once nothing of what it sent has moved for this `time`")
+	durationFlag(fs, &o.cfg.Grace, "grace", defaultFlush,
+		"when the command has ended, end once nothing of what it sent has moved for this `time`")
 	o.cfg.Log = config.Log{Level: "warn", Format: "auto"}
 	addLog(fs, &o.cfg.Log, "; without it, nothing of sessions")
 }
