@@ -27,7 +27,7 @@ var layers = [][]string{
 	{"relay/relaytest"},
 	{"internal/proxy"},
 	{"internal/sshlink", "internal/proxytest"},
-	{"internal/inbound", "internal/outbound", "internal/route", "internal/netstack", "internal/dns", "internal/admin",
+	{"internal/inbound", "internal/outbound", "internal/route", "internal/netstack", "internal/dns", "internal/enclosure", "internal/admin",
 		"internal/conform", "internal/lab"},
 	{"internal/config"},
 	{"cmd/sluice"},

@@ -288,10 +288,11 @@ func addrPortOf(sa syscall.Sockaddr) netip.AddrPort {
 //
 // Probes of sockets that fell silent together are sent together, as the kernel's timers are exact to a quarter of a second, and of
 // thousands at a time most may be lost in a queue: that of loopback takes 1000. So sockets differ in when they ask, by their
-// descriptor, and ask often enough that the crowd that is left shrinks with each time.
+// descriptor, and ask again soon, so that the crowd that is left shrinks with each time. The more sockets a process
+// has, the less often each asks, up to 5 minutes: 20 000 send 550 probes a second.
 func setKeepAlive(fd int) {
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
-	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15-fd%6)
+	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, min(10+fd%6+fd/300, 300))
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 4+fd/6%3)
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 9)
 }

@@ -48,7 +48,8 @@ Without a command it is a SOCKS5 and HTTP proxy on 127.0.0.1:1080.`,
 	root.SuggestionsMinimumDistance = 2
 	o.addProxy(root.Flags())
 	o.addShared(root.Flags())
-	root.AddCommand(p.proxyCommand(), p.forwardCommand(), p.reverseCommand(), p.redirectCommand(), p.tproxyCommand(), p.tunCommand(), p.runCommand(), p.checkCommand(),
+	root.AddCommand(p.proxyCommand(), p.forwardCommand(), p.reverseCommand(), p.execCommand(), p.insideCommand(),
+		p.redirectCommand(), p.tproxyCommand(), p.tunCommand(), p.runCommand(), p.checkCommand(),
 		p.conformCommand(), p.labCommand(), p.versionCommand())
 	return root
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/sluice-proxy/sluice/internal/config"
+	"github.com/sluice-proxy/sluice/internal/enclosure"
 )
 
 // Exit codes.
@@ -17,7 +18,15 @@ const (
 	exitOK     = 0
 	exitFailed = 1
 	exitUsage  = 2
+
+	exitNotExecutable = 126 // of exec, as of env and nohup
+	exitNotFound      = 127
 )
+
+// commandEnded says how the command of exec ended, with which exit code. There is nothing to be said of it.
+type commandEnded int
+
+func (c commandEnded) Error() string { return fmt.Sprintf("the command ended with code %d", int(c)) }
 
 // program is one run of sluice: what it may use of the process.
 type program struct {
@@ -48,8 +57,14 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	if err == nil {
 		return exitOK
 	}
+	if code, ok := errors.AsType[commandEnded](err); ok {
+		return int(code)
+	}
 	for _, line := range strings.Split(complaints(err), "\n") {
 		fmt.Fprintln(stderr, line)
+	}
+	if command, ok := errors.AsType[*enclosure.CommandError](err); ok {
+		return commandCode(command)
 	}
 	if _, ok := errors.AsType[*usageError](err); !ok {
 		return exitFailed
@@ -79,7 +94,8 @@ func complaints(err error) string {
 		return fmt.Sprintf("sluice: %s: %v", flagOf(e.Path), e.Err)
 	}
 	text := err.Error()
-	for _, pkg := range []string{"inbound: ", "config: ", "sshlink: ", "capture: ", "netstack: ", "tundev: "} { // the reader of a terminal has no packages
+	// The reader of a terminal has no packages.
+	for _, pkg := range []string{"inbound: ", "config: ", "sshlink: ", "capture: ", "netstack: ", "enclosure: ", "tundev: "} {
 		text = strings.TrimPrefix(text, pkg)
 	}
 	return "sluice: " + text

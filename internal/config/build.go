@@ -59,6 +59,45 @@ func (b *Bound) Close() {
 // Build makes the parts that c describes. It fills c, and reads the files and environment variables
 // with secrets; a nil lookupEnv finds none. log, which may be nil, is where the parts write.
 func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) ([]Bound, error) {
+	b, err := c.builder(log, lookupEnv)
+	if err != nil {
+		return nil, err
+	}
+	var bounds []Bound
+	for i := range c.Inbounds {
+		bounds = append(bounds, b.inbound(&c.Inbounds[i], fmt.Sprintf("inbounds[%d]", i)))
+	}
+	if len(b.errs.errs) > 0 {
+		return nil, b.errs.join()
+	}
+	for i := range bounds {
+		bounds[i].kept = b.kept
+	}
+	return bounds, nil
+}
+
+// Way makes the way out of clients that the caller takes in itself, which in speaks of: its Via, rates and quota. The Bound has
+// no Inbound. c needs none either; for the rest Way is as Build.
+func (c *Config) Way(in Inbound, log *slog.Logger, lookupEnv func(string) (string, bool)) (Bound, error) {
+	c.ways = true
+	b, err := c.builder(log, lookupEnv)
+	if err != nil {
+		return Bound{}, err
+	}
+	const path = "inbounds[0].via"
+	way := Bound{Name: in.Name, Relay: b.relay(&in)}
+	if c.checkVia(&b.errs, path, in.Via) {
+		way.Router = b.route(in.Via, path)
+	}
+	if len(b.errs.errs) > 0 {
+		return Bound{}, b.errs.join()
+	}
+	way.kept = b.kept
+	return way, nil
+}
+
+// builder returns one for a c that is filled and whose outbounds can be built.
+func (c *Config) builder(log *slog.Logger, lookupEnv func(string) (string, bool)) (*builder, error) {
 	if err := c.Fill(); err != nil {
 		return nil, err
 	}
@@ -93,17 +132,7 @@ func (c *Config) Build(log *slog.Logger, lookupEnv func(string) (string, bool)) 
 	}
 	b.kept, b.dialers = nil, map[dialerKey]proxy.Dialer{} // nobody uses those
 	b.buildRules()
-	var bounds []Bound
-	for i := range c.Inbounds {
-		bounds = append(bounds, b.inbound(&c.Inbounds[i], fmt.Sprintf("inbounds[%d]", i)))
-	}
-	if len(b.errs.errs) > 0 {
-		return nil, b.errs.join()
-	}
-	for i := range bounds {
-		bounds[i].kept = b.kept
-	}
-	return bounds, nil
+	return b, nil
 }
 
 type builder struct {
@@ -252,12 +281,7 @@ func reverse(in *Inbound, l inbound.Listener, _ inbound.Users) proxy.Inbound {
 func direct(b *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) { return b.direct(o), nil }
 
 func (b *builder) direct(o *Outbound) *outbound.Direct {
-	d := &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: o.Mark}
-	if b.mark != 0 {
-		d.Mark = cmp.Or(o.Mark, b.mark)
-		d.Resolver = outbound.MarkedResolver(d.Mark)
-	}
-	return d
+	return &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: cmp.Or(o.Mark, b.mark)}
 }
 
 func socks5Out(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error) {

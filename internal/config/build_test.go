@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -220,5 +221,22 @@ outbounds:
 		if got := d.(*outbound.Direct).Mark; got != want {
 			t.Errorf("%s has the mark %#x, want %#x", bounds[i].Name, got, want)
 		}
+	}
+}
+
+// TestWay: a way out alone needs no inbounds, and its complaints name the flag's place.
+func TestWay(t *testing.T) {
+	var c Config
+	way, err := c.Way(Inbound{Name: "x", Via: []string{"socks5://10.0.0.9:1080"}, RatePerSession: 1000}, nil, nil)
+	if err != nil || way.Inbound != nil || way.Name != "x" || way.Relay.Rate != 1000 {
+		t.Fatalf("%+v, %v", way, err)
+	}
+	name, d := way.Router.Route(proxy.Flow{})
+	if _, ok := d.(*outbound.SOCKS5); !ok || name != "socks5://10.0.0.9:1080" {
+		t.Errorf("the way is %q, %T", name, d)
+	}
+	_, err = c.Way(Inbound{Via: []string{"10.0.0.9"}}, nil, nil)
+	if e, ok := errors.AsType[*Error](err); !ok || e.Path != "inbounds[0].via[0]" {
+		t.Errorf("no hop: %v", err)
 	}
 }

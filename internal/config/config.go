@@ -64,6 +64,7 @@ type Config struct {
 
 	src    source
 	prompt sshlink.Prompt
+	ways   bool // it is for ways out only, and needs no inbounds
 }
 
 // Ask has passwords, passphrases and unknown host keys asked at p, by what Build makes from then on.

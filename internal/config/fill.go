@@ -46,7 +46,7 @@ func (c *Config) fill(l *errorList) {
 		l.add("busy-poll", "%v is too long: %v at most, and 50us is a good value", c.BusyPoll, maxBusyPoll)
 	}
 
-	if len(c.Inbounds) == 0 && !l.src.has("inbounds") {
+	if len(c.Inbounds) == 0 && !l.src.has("inbounds") && !c.ways {
 		l.add("inbounds", "missing: nothing to listen at")
 	}
 	sound := c.fillOutbounds(l)

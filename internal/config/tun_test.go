@@ -10,7 +10,6 @@ import (
 
 	"github.com/sluice-proxy/sluice/internal/dns"
 	"github.com/sluice-proxy/sluice/internal/netstack"
-	"github.com/sluice-proxy/sluice/internal/outbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/tundev"
 )
@@ -71,9 +70,6 @@ func TestMarks(t *testing.T) {
 			_, d := b.Router.Route(proxy.Flow{})
 			if got := chainOf(t, d); got != tt.want {
 				t.Errorf("%s by a %T with a tun of %s: %s, want %s", tt.via, b.Inbound, tt.tun, got, tt.want)
-			}
-			if direct, ok := d.(*outbound.Direct); ok && (direct.Resolver != nil) != (direct.Mark != 0) {
-				t.Errorf("%s: a mark %d, and a resolver: %v", tt.via, direct.Mark, direct.Resolver != nil)
 			}
 		}
 	}

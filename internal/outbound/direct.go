@@ -76,14 +76,12 @@ func (d *Direct) StartDial(client net.Conn, dst proxy.Addr, timeout time.Duratio
 	})
 }
 
-// resolver returns the one that resolves names. With a mark, its questions bear that, too, or a rule that captures all that does not
-// would bring them back to us.
+// resolver returns the one that resolves names; nil for the system's. With a mark, its questions bear that, too.
 func (d *Direct) resolver() *net.Resolver {
 	if d.Resolver != nil || d.Mark == 0 {
 		return d.Resolver
 	}
-	dialer := net.Dialer{Control: sockopt.Mark(d.Mark)}
-	return &net.Resolver{PreferGo: true, Dial: dialer.DialContext}
+	return MarkedResolver(d.Mark)
 }
 
 func (d *Direct) control() sockopt.Control {

@@ -160,7 +160,7 @@ func (c *directPackets) lookup(ctx context.Context, name string) (netip.Addr, er
 
 // lookup returns the addresses of a host, which may be one.
 func (d *Direct) lookup(ctx context.Context, host string) ([]netip.Addr, error) {
-	resolver := d.Resolver
+	resolver := d.resolver()
 	if resolver == nil {
 		resolver = net.DefaultResolver
 	}
