@@ -212,9 +212,11 @@ func (p *kpair) enter(sockets [2]*Socket) error {
 // busyPollMax bounds Relay.BusyPoll.
 const busyPollMax = time.Millisecond
 
-// keepaliveAfter is how old a pair is when its sockets get keepalive, where they have none: those of short
-// connections never need it.
-const keepaliveAfter = 5 * time.Second
+// keepaliveAfter returns how old the pair is when its sockets get keepalive, where they have none: those of short connections
+// never need it. It differs, as the time of the first probe counts from then.
+func (p *kpair) keepaliveAfter() int64 {
+	return int64(5*time.Second) + int64(p.sides[A].fd)*7919%5000*int64(time.Millisecond)
+}
 
 // inTurn is the loop's first touch of the pair.
 func (p *kpair) inTurn(l *loop) {
@@ -581,7 +583,7 @@ func (p *kpair) setTimer(l *loop) {
 	case p.limit == limitSettle:
 		return
 	case p.sides[A].keepalive || p.sides[B].keepalive:
-		if k := int64(keepaliveAfter); d <= 0 || p.start+k < p.last+d {
+		if k := p.keepaliveAfter(); d <= 0 || p.start+k < p.last+d {
 			l.timers.set(p, p.start+k)
 			return
 		}
@@ -594,7 +596,7 @@ func (p *kpair) setTimer(l *loop) {
 
 // timeUp is called when the timer ran out; bytes may have moved since it was set.
 func (p *kpair) timeUp(l *loop) {
-	if l.now-p.start >= int64(keepaliveAfter) {
+	if l.now-p.start >= p.keepaliveAfter() {
 		for s := range p.sides {
 			p.sides[s].keepAlive()
 		}

@@ -22,6 +22,16 @@ const (
 // relay, and may be read at any time from any goroutine.
 type PacketStats struct {
 	bytes, packets, dropped [2]atomic.Int64
+	moved                   atomic.Int64 // when a datagram was last read, as clock tells it; 0 before the relay began
+}
+
+// Silence returns for how long no datagram has come from either side; 0 before the relay has begun.
+func (s *PacketStats) Silence() time.Duration {
+	moved := s.moved.Load()
+	if moved == 0 {
+		return 0
+	}
+	return time.Duration(clock() - moved)
 }
 
 // Bytes returns the bytes passed on so far from each side.
@@ -52,6 +62,7 @@ func (r *Relay) JoinPackets(ctx context.Context, client, origin PacketConn, st *
 		st = new(PacketStats)
 	}
 	p := &packetPair{relay: r, stats: st, conns: [2]PacketConn{client, origin}, gov: newGovernor(r), start: time.Now(), over: make(chan struct{})}
+	st.moved.Store(clock())
 	p.onlyDNS.Store(true)
 	p.first = Neither
 	p.timer = time.AfterFunc(p.idle(), p.tick)
@@ -78,8 +89,7 @@ type packetPair struct {
 	gov     *governor // nil: no limits
 	start   time.Time
 	timer   *time.Timer
-	moved   atomic.Int64 // when a datagram was last read, since start
-	onlyDNS atomic.Bool  // all of the client's went to port 53
+	onlyDNS atomic.Bool // all of the client's went to port 53
 
 	once  sync.Once
 	over  chan struct{}
@@ -103,7 +113,7 @@ func (p *packetPair) idle() time.Duration {
 
 // tick looks whether the pair has been silent for too long.
 func (p *packetPair) tick() {
-	left := p.idle() - (time.Since(p.start) - time.Duration(p.moved.Load()))
+	left := p.idle() - p.stats.Silence()
 	if left > 0 {
 		p.timer.Reset(left)
 		return
@@ -174,7 +184,7 @@ func (p *packetPair) pump(s Side) {
 // pass writes ps, which came from s, to the other side, and frees them. It returns false if that is closed.
 func (p *packetPair) pass(s Side, ps []Packet) bool {
 	defer freePackets(ps)
-	p.moved.Store(int64(time.Since(p.start)))
+	p.stats.moved.Store(clock())
 	for i := range ps {
 		if s == A && ps[i].Endpoint.Port != 53 {
 			p.onlyDNS.Store(false)

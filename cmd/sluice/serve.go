@@ -15,6 +15,9 @@ import (
 	"github.com/sluice-proxy/sluice/internal/proxy"
 )
 
+// silenceWait is the silence that ends sessions of datagrams while the program stops.
+const silenceWait = time.Second
+
 // abortWait is how long aborted sessions may take to be gone.
 const abortWait = 5 * time.Second
 
@@ -164,9 +167,16 @@ func stop(ctx context.Context, services []*service, running int, ended <-chan er
 	}
 	wait := time.NewTimer(grace)
 	defer wait.Stop()
+	silent := time.NewTicker(silenceWait / 4)
+	defer silent.Stop()
 	done, aborting := ctx.Done(), false
 	for running > 0 {
 		select {
+		case <-silent.C:
+			for _, s := range services {
+				s.engine.EndSilent(silenceWait)
+			}
+			continue
 		case err := <-ended:
 			if running--; err != nil {
 				errs = append(errs, err)

@@ -56,9 +56,10 @@ type session struct {
 	done     func() // ends it for the inbound
 
 	// guarded by Engine.mu
-	cancel     func(cause error) // while it dials
-	pair       *relay.Pair       // while it relays
-	prev, next *session          // in the roll; both nil when it is not there
+	cancel     func(cause error)  // while it dials
+	pair       *relay.Pair        // while it relays
+	packets    *relay.PacketStats // while it relays datagrams
+	prev, next *session           // in the roll; both nil when it is not there
 }
 
 // attempt is a session whose client waits for its answer.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"time"
 
 	"github.com/sluice-proxy/sluice/relay"
 )
@@ -33,13 +34,14 @@ func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) 
 		<-over
 		return
 	}
-	var st relay.PacketStats
-	res := e.Relay.JoinPackets(ctx, c, origin, &st)
+	st := new(relay.PacketStats)
+	s.setPackets(st)
+	res := e.Relay.JoinPackets(ctx, c, origin, st)
 	err = res.Err
 	if res.End == relay.Idle || res.First == relay.A && errors.Is(err, net.ErrClosed) {
 		err = nil // this is how datagrams end
 	}
-	s.conclude(record{session: s, err: err, packets: &st})
+	s.conclude(record{session: s, err: err, packets: st})
 	<-over // until it is in the log: whoever called may be the last to wait for that
 }
 
@@ -55,4 +57,22 @@ func (s *session) dialPackets(ctx context.Context, d Dialer) (relay.PacketConn, 
 		err = &canceledError{cause: context.Cause(ctx)}
 	}
 	return c, err
+}
+
+func (s *session) setPackets(st *relay.PacketStats) {
+	e := s.watch.engine
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	s.packets = st
+}
+
+// EndSilent ends the sessions of datagrams that have been silent for so long. Datagrams have no end that could be waited for.
+func (e *Engine) EndSilent(d time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for s := e.sessions.first; s != nil; s = s.next {
+		if s.packets != nil && s.packets.Silence() >= d {
+			s.abort(ErrStopped)
+		}
+	}
 }
