@@ -142,10 +142,20 @@ func prefixOf(n *net.IPNet) netip.Prefix {
 	return netip.PrefixFrom(a, bits)
 }
 
-// routes returns the routes of s for one IP version through the device whose index and address these are.
+// routes returns the routes of s for one IP version through the device whose index and address these are. A network that is
+// said several times has one route in a table: the kernel takes no second one.
 func (s *Setup) routes(v6 bool, index int, addr netip.Addr) []*netlink.Route {
+	type place struct {
+		table int
+		to    netip.Prefix
+	}
 	var all []*netlink.Route
+	taken := make(map[place]bool)
 	add := func(table, typ int, p netip.Prefix) {
+		if p.Addr().Is6() != v6 || taken[place{table, p}] {
+			return
+		}
+		taken[place{table, p}] = true
 		r := &netlink.Route{Table: table, Type: typ, Dst: ipNet(p), Protocol: protocol}
 		if typ == unix.RTN_UNICAST {
 			r.LinkIndex, r.Src = index, addr.AsSlice()
@@ -155,28 +165,24 @@ func (s *Setup) routes(v6 bool, index int, addr netip.Addr) []*netlink.Route {
 		}
 		all = append(all, r)
 	}
-	everything := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
-	if v6 {
-		everything = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
-	}
-	add(tableAll, unix.RTN_UNICAST, everything)
 	tables := []int{tableAll}
 	if len(s.Include) > 0 {
 		tables = append(tables, tableSome)
 	}
-	for _, p := range s.Include {
-		if p.Addr().Is6() == v6 {
-			add(tableSome, unix.RTN_UNICAST, p)
-		}
-	}
 	for _, p := range slices.Concat(s.Exclude, notUnicast) {
-		if p.Addr().Is6() != v6 || slices.Contains(s.Include, p) {
+		if slices.Contains(s.Include, p) {
 			continue
 		}
 		for _, table := range tables { // to go on with the next rule: the tables that were there before
 			add(table, unix.RTN_THROW, p)
 		}
 	}
+	for _, p := range s.Include {
+		add(tableSome, unix.RTN_UNICAST, p)
+	}
+	// Unless all of it is excluded.
+	add(tableAll, unix.RTN_UNICAST, netip.PrefixFrom(netip.IPv4Unspecified(), 0))
+	add(tableAll, unix.RTN_UNICAST, netip.PrefixFrom(netip.IPv6Unspecified(), 0))
 	return all
 }
 

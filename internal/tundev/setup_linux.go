@@ -185,7 +185,8 @@ func (l *Link) plan(s *Setup) *record {
 	return r
 }
 
-// leftovers removes what a process has made that is gone. In the absence of its record, it is known by its numbers.
+// leftovers removes what processes have made that are gone: all that bears our numbers, of which a record may not know,
+// since another process wrote it, or nobody; and the files of the record.
 func (l *Link) leftovers() (c Cleaned, err error) {
 	rec, err := l.state.read()
 	if err != nil {
@@ -194,7 +195,10 @@ func (l *Link) leftovers() (c Cleaned, err error) {
 	if err := l.aliveElsewhere(); err != nil {
 		return c, err
 	}
-	if c, err = l.remove(rec); err == nil {
+	if rec == nil {
+		rec = new(record)
+	}
+	if c, err = l.remove(rec, func(rule) bool { return true }); err == nil {
 		l.record = new(record) // nothing is left
 	}
 	return c, err
@@ -218,20 +222,18 @@ func (l *Link) aliveElsewhere() error {
 	return nil
 }
 
-// remove removes what rec says, or, without one, what bears our numbers.
-func (l *Link) remove(rec *record) (c Cleaned, err error) {
+// remove removes those of our rules that which wants gone, our routes, and the files of rec.
+func (l *Link) remove(rec *record, which func(rule) bool) (c Cleaned, err error) {
 	var errs []error
-	c.Rules, err = l.network.removeRules(func(r rule) bool { return rec == nil || slices.Contains(rec.Rules, r) })
+	c.Rules, err = l.network.removeRules(which)
 	errs = append(errs, err)
 	c.Routes, err = l.network.removeRoutes()
 	errs = append(errs, err)
-	if rec != nil {
-		for _, f := range rec.Files {
-			removed, err := f.remove()
-			errs = append(errs, err)
-			if removed {
-				c.Files = append(c.Files, f.Path)
-			}
+	for _, f := range rec.Files {
+		removed, err := f.remove()
+		errs = append(errs, err)
+		if removed {
+			c.Files = append(c.Files, f.Path)
 		}
 	}
 	return c, errors.Join(errs...)
@@ -261,7 +263,7 @@ func (l *Link) Down() error {
 	var err error
 	if l.record != nil {
 		err = l.ns.do(func() error {
-			_, err := l.remove(l.record)
+			_, err := l.remove(l.record, func(r rule) bool { return slices.Contains(l.record.Rules, r) })
 			return err
 		})
 	}

@@ -205,6 +205,13 @@ func TestWays(t *testing.T) {
 			"203.0.113.1 mark 7":       "sluice0",
 			"192.0.2.1 from 10.77.0.2": "eth0",
 		}},
+		{"a network twice", Setup{Include: prefixesOf("203.0.113.0/24", "203.0.113.0/24", "2001:db8::/32", "2001:db8::/32"),
+			Exclude: prefixesOf("203.0.113.7", "203.0.113.7", "224.0.0.0/4")}, ways{
+			"203.0.113.1": "sluice0",
+			"203.0.113.7": "eth0",
+			"2001:db8::1": "sluice0",
+			"224.0.0.251": "eth0",
+		}},
 		{"include, and DNS", Setup{Include: prefixesOf("198.18.0.0/15"), DNS: true}, ways{
 			"203.0.113.1": "eth0",
 			"198.19.0.1":  "sluice0",
@@ -246,6 +253,18 @@ func TestWays(t *testing.T) {
 			l.same(before)
 			l.noRecords()
 		})
+	}
+}
+
+// TestExcludeAFamily: all of IPv6 may be left alone, and IPv4 taken in.
+func TestExcludeAFamily(t *testing.T) {
+	l := newLab(t)
+	l.up(Setup{Exclude: prefixesOf("::/0"), DNS: true})
+	for flow, want := range map[string]string{"203.0.113.1": "sluice0", "2001:db8::1": "eth0",
+		"fd77::1 ipproto udp sport 1000 dport 53": "eth0"} {
+		if got := l.way(flow); got != want {
+			t.Errorf("%s goes by %s, want %s", flow, got, want)
+		}
 	}
 }
 
@@ -342,6 +361,25 @@ func TestCrashWithoutRecord(t *testing.T) {
 		l.same(before)
 		l.noRecords()
 	}
+}
+
+// TestCrashTwice: the record is of another crash than the one that left the rules, as when the namespace was entered by
+// its name and then without.
+func TestCrashTwice(t *testing.T) {
+	l := newLab(t)
+	before := l.dump()
+	l.crash(l.up(Setup{}))
+	first, again := l.dir, t.TempDir()
+	l.dir = again
+	l.crash(l.up(Setup{Marks: []uint32{7}, Include: prefixesOf("203.0.113.0/24"), DNS: true}))
+	l.dir = first
+	link := l.up(Setup{Name: "sluice1"})
+	link.Device.Close()
+	if err := link.Down(); err != nil {
+		t.Error(err)
+	}
+	l.same(before)
+	l.noRecords()
 }
 
 // TestNothingElseIsRemoved: a record is only believed as far as the kernel bears it out.
