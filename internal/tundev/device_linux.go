@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"unsafe"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -119,23 +120,17 @@ func (d *Device) setUp(noOffload bool) error {
 	if err != nil {
 		return fmt.Errorf("tundev: offloads of %s: %w", d.name, err)
 	}
-	ifr, err := unix.NewIfreq(d.name)
+	// By netlink: the ioctl for the queue is refused in a user namespace, whatever the rights there.
+	link, err := netlink.LinkByName(d.name)
 	if err != nil {
-		return fmt.Errorf("tundev: %w", err)
+		return fmt.Errorf("tundev: interface %s: %w", d.name, err)
 	}
-	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("tundev: %w", err)
-	}
-	defer unix.Close(s)
 	if d.mtu != DefaultMTU {
-		ifr.SetUint32(uint32(d.mtu))
-		if err := unix.IoctlIfreq(s, unix.SIOCSIFMTU, ifr); err != nil {
+		if err := netlink.LinkSetMTU(link, d.mtu); err != nil {
 			return fmt.Errorf("tundev: MTU %d of %s: %w", d.mtu, d.name, err)
 		}
 	}
-	ifr.SetUint32(queueLength)
-	if err := unix.IoctlIfreq(s, unix.SIOCSIFTXQLEN, ifr); err != nil {
+	if err := netlink.LinkSetTxQLen(link, queueLength); err != nil {
 		return fmt.Errorf("tundev: queue of %s: %w", d.name, err)
 	}
 	return nil
