@@ -52,6 +52,7 @@ func (p *program) exec(ctx context.Context, o *execOptions, path string, args []
 	r.names = &dns.Handler{Next: r.engine, Mode: mode, Router: way.Router, Resolver: resolver, Log: log}
 	r.network = enclosedNetwork(mode, in.MTU)
 	signals := notifyOfSignals()
+	outliveReaders() // the command may
 	status, err := r.run(ctx, path, args, signals)
 	signal.Stop(signals)
 	switch {

@@ -62,6 +62,7 @@ func (p *program) serve(ctx context.Context, c *config.Config, announce func(*co
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, stopSignals()...)
 	defer signal.Stop(signals)
+	defer signal.Stop(outliveReaders())
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 
@@ -110,6 +111,14 @@ func stopSignals() []os.Signal {
 		all = append(all, syscall.SIGHUP)
 	}
 	return all
+}
+
+// outliveReaders has this process go on where nobody reads what it writes any more. Who reads the log, as tee, may be gone before the
+// end, at Ctrl-C for one, and SIGPIPE would keep us from undoing what was changed of the machine's network.
+func outliveReaders() chan os.Signal {
+	nobody := make(chan os.Signal, 1)
+	signal.Notify(nobody, syscall.SIGPIPE)
+	return nobody
 }
 
 func closeAll(bounds []config.Bound) {

@@ -212,6 +212,25 @@ func TestExecPassesSignals(t *testing.T) {
 	}
 }
 
+// TestExecOutlivesItsLog: the command is not killed because nobody reads what sluice has to say of it.
+func TestExecOutlivesItsLog(t *testing.T) {
+	t.Parallel()
+	proxytest.Need(t, "curl")
+	cmd := execCommand(t, "--log-level", "warn", "--via", "socks5://127.0.0.1:1", "sh", "-c",
+		"exec 2>/dev/null; curl -sS http://192.0.2.1/; curl -sS http://192.0.2.1/; exit 7")
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	cmd.Stderr = w
+	err = cmd.Run()
+	w.Close()
+	if code := cmd.ProcessState.ExitCode(); code != 7 {
+		t.Errorf("%v, and not code 7", err)
+	}
+}
+
 // TestExecStopsWithTheCommand: a command that stops itself, as a shell by suspend, stops sluice, so that who waits for it
 // sees that; and goes on when sluice is told to.
 func TestExecStopsWithTheCommand(t *testing.T) {
