@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"strings"
 	"syscall"
 
 	"github.com/google/nftables"
@@ -33,7 +32,7 @@ func (c *Capture) Begin(at []netip.AddrPort) error {
 		return errors.New("capture: nobody listens")
 	}
 	port := max(v4.Port(), v6.Port())
-	in := &installed{table: &nftables.Table{Name: c.tableName(port), Family: nftables.TableFamilyINet}}
+	in := newInstalled(c, port)
 	if err := in.own(); err != nil {
 		return explain(err, in.table.Name)
 	}
@@ -96,6 +95,10 @@ func (c *Capture) End() error {
 	return nil
 }
 
+func newInstalled(c *Capture, port uint16) *installed {
+	return &installed{table: &nftables.Table{Name: c.tableName(port), Family: nftables.TableFamilyINet}}
+}
+
 // own creates the table such that it belongs to our socket.
 func (in *installed) own() error {
 	var socket *nlsocket.Conn
@@ -107,6 +110,13 @@ func (in *installed) own() error {
 		return err
 	}
 	if err := createOwned(socket, in.table); err != nil {
+		// Of a table whose owner is another the kernel says what it says to who has no rights at all, who may not list
+		// tables either.
+		if errors.Is(err, os.ErrPermission) {
+			if _, e := conn.ListTablesOfFamily(in.table.Family); e == nil {
+				err = syscall.EEXIST
+			}
+		}
 		conn.CloseLasting()
 		return err
 	}
@@ -167,39 +177,28 @@ func explain(err error, table string) error {
 
 // Clean removes what processes that are gone have left behind, and returns a line for each. It leaves alone what is in use.
 func Clean() (removed []string, err error) {
-	conn, err := nftables.New()
-	if err != nil {
-		return nil, explain(err, "")
-	}
-	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return nil, explain(err, "")
-	}
-	inUse := make(map[uint32]bool)
-	for _, t := range tables {
-		c := Capture{TProxy: true}
-		var port uint16
-		if _, err := fmt.Sscanf(t.Name, "sluice-tproxy-%d", &port); err == nil && t.Name == c.tableName(port) {
-			inUse[Mark|uint32(port)] = true
-		}
-	}
 	policies, err := policies()
 	if err != nil {
 		return nil, explain(err, "")
 	}
 	var errs []error
 	for _, p := range policies {
-		if inUse[p.number] {
+		port := uint16(p.number &^ markMask)
+		in := newInstalled(&Capture{TProxy: true}, port)
+		err := in.own() // nobody else begins at that port meanwhile
+		if errors.Is(err, syscall.EEXIST) {
 			continue
 		}
-		if err := p.remove(); err != nil {
-			errs = append(errs, err)
+		if err != nil {
+			errs = append(errs, explain(err, in.table.Name))
 			continue
 		}
-		removed = append(removed, fmt.Sprintf("the routing of sluice tproxy %d", p.number&^markMask))
+		err = p.remove()
+		if err := errors.Join(err, in.conn.CloseLasting()); err != nil {
+			errs = append(errs, fmt.Errorf("capture: %w", err))
+			continue
+		}
+		removed = append(removed, fmt.Sprintf("the routing of sluice tproxy %d", port))
 	}
-	if err := errors.Join(errs...); err != nil {
-		return removed, fmt.Errorf("capture: %w", errors.New(strings.TrimPrefix(err.Error(), "capture: ")))
-	}
-	return removed, nil
+	return removed, errors.Join(errs...)
 }

@@ -50,7 +50,7 @@ func (c *Config) fill(l *errorList) {
 		l.add("inbounds", "missing: nothing to listen at")
 	}
 	sound := c.fillOutbounds(l)
-	names, places := map[string]int{}, map[proxy.Addr]int{}
+	names, places, networks := map[string]int{}, map[proxy.Addr]int{}, map[string]int{}
 	for i := range c.Inbounds {
 		in, path := &c.Inbounds[i], fmt.Sprintf("inbounds[%d]", i)
 		c.fillInbound(l, in, path, sound)
@@ -63,6 +63,13 @@ func (c *Config) fill(l *errorList) {
 			}
 		}
 		unique(l, names, in.Name, path+".name", i)
+		if in.Type == "tun" {
+			if first, taken := networks[in.Netns]; taken {
+				l.add(path+".netns", "inbounds[%d] takes the traffic of that network already: one tun for each", first)
+			} else {
+				networks[in.Netns] = i
+			}
+		}
 		if a := proxy.Addr(in.Listen); !isFar(in.Type) && (a.Network == "unix" || a.Port != 0) {
 			if first, taken := places[a]; taken {
 				l.add(path+".listen", "%v is taken by inbounds[%d]", a, first)

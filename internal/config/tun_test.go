@@ -94,6 +94,12 @@ func TestTUNErrors(t *testing.T) {
 			t.Errorf("%s: %v, want %s", keys, err, want)
 		}
 	}
+	for _, netns := range []string{"", ", netns: lab"} {
+		_, err := Load("s.yaml", []byte("inbounds: [{type: tun"+netns+"}, {type: tun, netns: other}, {type: tun"+netns+"}]"))
+		if err == nil || !strings.Contains(err.Error(), "inbounds[2].netns: inbounds[0] takes the traffic of that network already") {
+			t.Errorf("two in one network: %v", err)
+		}
+	}
 	_, err := Load("s.yaml", []byte("inbounds: [{type: mixed, listen: 1, netns: lab}]"))
 	if err == nil || !strings.Contains(err.Error(), "inbounds[0].netns: does not apply to type mixed") {
 		t.Error(err)
