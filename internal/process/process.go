@@ -12,6 +12,7 @@ package process
 
 import (
 	"net/netip"
+	"os"
 	"sync"
 	"time"
 )
@@ -132,5 +133,7 @@ func unmapped(a netip.AddrPort) netip.AddrPort {
 }
 
 // Holder returns a process that has the socket of that inode open: 0 if none can be found before the deadline, or
-// it belongs to a user whose processes we may not look into.
-func Holder(inode uint64, deadline time.Time) (pid int) { return holder(inode, nil, deadline) }
+// it belongs to a user whose processes we may not look into. This process is looked into first, whatever the deadline.
+func Holder(inode uint64, deadline time.Time) (pid int) {
+	return holder(inode, []int{os.Getpid()}, deadline)
+}

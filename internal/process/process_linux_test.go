@@ -116,6 +116,15 @@ func TestKnownIsBounded(t *testing.T) {
 	}
 }
 
+// TestHolderOnALoadedMachine: a socket of our own is found though there is no time to look through all processes.
+func TestHolderOnALoadedMachine(t *testing.T) {
+	client, peer, _ := pair(t, "tcp", "127.0.0.1:0")
+	_, inode, ok := socketOf(socket{client, peer, "tcp"})
+	if got := Holder(inode, time.Now().Add(-time.Second)); !ok || got != os.Getpid() {
+		t.Errorf("found %d, %v", got, ok)
+	}
+}
+
 func FuzzReadAnswer(f *testing.F) {
 	f.Add([]byte{})
 	f.Add(make([]byte, 16+answerLen))
