@@ -453,7 +453,7 @@ func TestGroupDialPackets(t *testing.T) {
 // TestVerdicts: real hops and real destinations, and what their errors say.
 func TestVerdicts(t *testing.T) {
 	proxytest.NoLeaks(t)
-	refused := proxy.TCP("127.0.0.1", proxytest.FreePort(t))
+	refused := proxy.TCP("127.0.0.1", 1) // no port that a listener below may be given
 	answers := func(reply string) *proxytest.Origin {
 		return proxytest.Listen(t, "tcp", func(c net.Conn) {
 			io.ReadAtLeast(c, make([]byte, 1024), 3)
