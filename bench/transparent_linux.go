@@ -3,10 +3,14 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/vishvananda/netlink"
 )
 
 // The group transparent: sluice on a router between a client and an origin that know nothing of it. On
@@ -120,8 +124,57 @@ func (r *run) losses() error {
 	if s.n[1] == 0 {
 		return errors.New("nothing was sent")
 	}
-	r.set("lost_percent", max(0, 100*(1-float64(s.n[0])/float64(s.n[1]))))
+	lost := s.n[1] - s.n[0]
+	r.set("lost_percent", max(0, 100*float64(lost)/float64(s.n[1])))
+	if lost > 0 {
+		r.noteLosses(lost)
+	}
 	return nil
+}
+
+// noteLosses says where datagrams were lost, as far as the kernel counts it: the rest is the relay's own doing.
+func (r *run) noteLosses(lost int64) {
+	full := make(map[place]int64)
+	for _, at := range []place{atRouter, atOrigin} {
+		r.lab.within(at, func() error {
+			b, err := os.ReadFile("/proc/thread-self/net/snmp")
+			full[at] = parseSNMP(b, "Udp:", "RcvbufErrors")
+			return err
+		})
+	}
+	queue := int64(0)
+	r.lab.within(atRouter, func() error {
+		links, err := netlink.LinkList()
+		for _, l := range links {
+			if s := l.Attrs().Statistics; s != nil && l.Type() == "tuntap" {
+				queue += int64(s.TxDropped)
+			}
+		}
+		return err
+	})
+	r.note("of %d datagrams lost, %d were too many for the relay's sockets, %d for the device's queue, %d for the origin",
+		lost, full[atRouter], queue, full[atOrigin])
+}
+
+// parseSNMP returns a counter out of /proc/net/snmp, which has a line of names and one of values for each protocol.
+func parseSNMP(b []byte, proto, name string) int64 {
+	var names []string
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		if len(f) == 0 || f[0] != proto {
+			continue
+		}
+		if names == nil {
+			names = f
+			continue
+		}
+		if i := slices.Index(names, name); i > 0 && i < len(f) {
+			n, _ := strconv.ParseInt(f[i], 10, 64)
+			return n
+		}
+		return 0
+	}
+	return 0
 }
 
 // datagramFigures works out what only datagrams have, of the ends origin and client.
