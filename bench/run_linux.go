@@ -310,6 +310,9 @@ func (r *run) point(t test, d time.Duration) error {
 	if _, err := c.ask(q, 20*time.Second); err != nil {
 		return err
 	}
+	if err := r.awaitFirst(); err != nil {
+		return err
+	}
 	if err := r.sleep(min(d/4, 500*time.Millisecond)); err != nil { // windows grow, pipes are made, pools fill
 		return err
 	}
@@ -339,6 +342,26 @@ func (r *run) point(t test, d time.Duration) error {
 		}
 	}
 	return r.figures(t, before, after, last)
+}
+
+// awaitFirst waits until something has come through, or for five seconds: on a busy machine the first packets of a network
+// that was just made can take a second, which is nobody's rate.
+func (r *run) awaitFirst() error {
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+		for _, e := range r.ends {
+			a, err := e.ask(ask{Op: "count"}, 10*time.Second)
+			if err != nil {
+				return err
+			}
+			if a.N > 0 {
+				return nil
+			}
+		}
+		if err := r.sleep(10 * time.Millisecond); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // figures works out the values of a point between two snapshots.
