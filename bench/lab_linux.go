@@ -93,6 +93,10 @@ func (l *lab) build(congestion string) error {
 		{atOrigin, func() error { return address("lo", labOrigin+"/32") }},
 		{atRouter, func() error { return route("0.0.0.0/0", labFar) }},
 		{atOrigin, func() error { return route(labLAN, labNear) }},
+		{atClient, func() error { return awaitUp("eth0") }},
+		{atRouter, func() error { return awaitUp(labLANName) }},
+		{atRouter, func() error { return awaitUp("wan0") }},
+		{atOrigin, func() error { return awaitUp("eth0") }},
 		{atOrigin, l.listenWho},
 	}
 	for _, s := range steps {
@@ -222,6 +226,23 @@ func address(name, prefix string) error {
 		return fmt.Errorf("bring %s up: %w", name, err)
 	}
 	return nil
+}
+
+// awaitUp waits until an interface passes packets on. The kernel looks at most once a second for cables that
+// were plugged in.
+func awaitUp(name string) error {
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("interface %s: %w", name, err)
+		}
+		if link.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("interface %s is still %v", name, link.Attrs().OperState)
+		}
+	}
 }
 
 func route(to, gateway string) error {

@@ -344,8 +344,8 @@ func (r *run) point(t test, d time.Duration) error {
 	return r.figures(t, before, after, last)
 }
 
-// awaitFirst waits until something has come through, or for five seconds: on a busy machine the first packets of a network
-// that was just made can take a second, which is nobody's rate.
+// awaitFirst waits until something has come through, or for five seconds: a first packet that gets lost costs a second,
+// which is nobody's rate.
 func (r *run) awaitFirst() error {
 	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
 		for _, e := range r.ends {
