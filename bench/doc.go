@@ -14,6 +14,7 @@
 //	short                             connect, one request, one reply, close; 32 at a time: connections/s
 //	idle                              -idle relays that answered once and then wait: memory and descriptors
 //	scale                             only by -tests scale: -scale idle relays over several processes, see below
+//	transparent                       only by -tests transparent: TUN, redirect and TPROXY, see below
 //
 // direct is the same load without a relay: what the machine can do at most, not a competitor. iocopy,
 // pooled and closeboth are the three usual ways to write a relay in Go: two io.Copy with half-close (the
@@ -41,6 +42,31 @@
 // one at a time. Softirq time is that of the whole machine. Kernel memory is the growth of Slab in /proc/meminfo and of the TCP queues in
 // /proc/net/sockstat, divided by the relays held: four sockets each, because both ends are on this machine. The projection to a
 // million is arithmetic with these figures, no more.
+//
+// # Transparent ways in
+//
+//	go run ./bench -tests transparent          # under four minutes, as root
+//	go run ./bench -tests transparent -quick   # under one
+//	go run ./bench -tests lan-up1,lan-down1 -peers kernel,redirect,tun -rounds 5 -time 1s
+//
+// Each measurement makes three network namespaces: a client on a LAN, its router, and an origin behind a
+// default route of the router. Two veths at MTU 1500 join them, with the offloads that they have by
+// themselves. sluice runs on the router, and connects directly. Tests whose names begin with lan- have the
+// client in its own namespace; with host-, it is a program on the router.
+//
+//	up1 up8 down1 down8   bulk, as above
+//	pp1 short             as above
+//	udp                   datagrams of 1400 bytes one way, 500 Mbit/s offered: what arrives, and CPU
+//	idle                  -idle flows from the LAN, in the first round only
+//
+// kernel is the limit: the router's kernel forwards, or the client connects. forward is sluice forward, which
+// the client knows of; redirect and tproxy are these commands with --setup; tun is sluice tun with its
+// defaults. Only connections that the origin sees from another address than the client's own are measured as
+// relayed. The table of goals says what sluice is to reach, and what it has.
+//
+// A sender of datagrams that was held up for more than 3 ms does not make up for it, so that on a busy
+// machine less is offered. What the kernel knows of losses stands under the tables: those in the socket
+// buffers of relay and origin, and in the queue of a TUN device; the others are in the relay's own queues.
 //
 // # How to read the table
 //

@@ -15,7 +15,7 @@ import (
 
 // load is what the client does.
 type load struct {
-	Kind  string // bulk, pingpong, short, idle
+	Kind  string // bulk, pingpong, short, idle, udp
 	Addr  string
 	Conns int
 	Dir   byte   // bulk: opUpload, opDownload, opBoth
@@ -25,7 +25,7 @@ type load struct {
 // client is a load that runs. Its counters are read while it does.
 type client struct {
 	load
-	n        atomic.Int64 // bytes received, round trips, or connections
+	n        atomic.Int64 // bytes received, round trips, connections, or datagrams sent
 	failed   atomic.Int64
 	mu       sync.Mutex
 	why      error         // guarded by mu
@@ -99,6 +99,8 @@ func (c *client) start() error {
 		return c.startShort()
 	case "idle":
 		return c.holdIdle()
+	case "udp":
+		return c.startDatagrams()
 	}
 	return fmt.Errorf("no load %q", c.Kind)
 }
@@ -106,7 +108,7 @@ func (c *client) start() error {
 func (c *client) stop() answer {
 	var a answer
 	c.stopped.Store(true)
-	if c.Kind == "pingpong" || c.Kind == "short" {
+	if c.Kind == "pingpong" || c.Kind == "short" || c.Kind == "udp" {
 		select {
 		case <-c.done:
 		case <-time.After(3 * time.Second):

@@ -83,7 +83,8 @@ func parse(args []string, out io.Writer) (*bench, error) {
 	f.BoolVar(&b.quick, "quick", false, "one short round of six tests, in under two minutes")
 	f.StringVar(&b.peers, "peers", "", "relays to measure, separated by commas (default all)")
 	f.StringVar(&b.tests, "tests", "",
-		"tests or groups (bulk, msg, conn, idle) to run, separated by commas (default all but scale)")
+		"tests or groups to run, separated by commas (default bulk,msg,conn,idle; the others are scale, and\n"+
+			"transparent with its halves host and lan)")
 	f.StringVar(&b.json, "json", "", "also write every sample to `file`")
 	f.StringVar(&b.sluice, "sluice", "", "the sluice `binary` to measure (default: build ./cmd/sluice)")
 	f.StringVar(&b.congestion, "congestion", "reno",
@@ -107,23 +108,35 @@ func parse(args []string, out io.Writer) (*bench, error) {
 	if b.scale < 1 || b.processes < 0 || max(b.processes, scaleProcesses(b.scale, 20000)) > 250 {
 		return nil, errors.New("-scale must be 1 or more, and take no more than 250 processes")
 	}
-	if b.quick {
-		given := make(map[string]bool)
-		f.Visit(func(f *flag.Flag) { given[f.Name] = true })
-		if !given["rounds"] {
-			b.rounds = 1
-		}
-		if !given["time"] {
-			b.time = 400 * time.Millisecond
-		}
-		if !given["idle"] {
-			b.idle = 300
-		}
-		if !given["tests"] {
-			b.tests = "up1,down8,pp64,pp1,short,idle"
-		}
-	}
+	given := make(map[string]bool)
+	f.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	b.fill(given)
 	return b, nil
+}
+
+// fill sets the defaults that depend on other flags.
+func (b *bench) fill(given map[string]bool) {
+	if b.tests == "transparent" && !given["time"] { // it has many points
+		b.time = 600 * time.Millisecond
+	}
+	if !b.quick {
+		return
+	}
+	if !given["rounds"] {
+		b.rounds = 1
+	}
+	if !given["time"] {
+		b.time = 400 * time.Millisecond
+	}
+	if !given["idle"] {
+		b.idle = 300
+	}
+	switch b.tests {
+	case "":
+		b.tests = "up1,down8,pp64,pp1,short,idle"
+	case "transparent":
+		b.tests = quickTransparent
+	}
 }
 
 func (b *bench) addCommand(v string) error {
@@ -172,7 +185,11 @@ func (b *bench) main(ctx context.Context, args []string) error {
 }
 
 // isProgram says whether the peer called name is the sluice program.
-func isProgram(name string) bool { return name == "sluice" || name == "sluice-ssh" }
+func isProgram(name string) bool {
+	return name == "sluice" || name == "sluice-ssh" || slices.ContainsFunc(labPeers, func(p peer) bool {
+		return p.name == name && p.args != nil
+	})
+}
 
 // build compiles sluice into dir, or leaves the reason there why it cannot.
 func (b *bench) build(ctx context.Context, dir string) {
@@ -193,7 +210,8 @@ func (b *bench) build(ctx context.Context, dir string) {
 
 // newKit finds what peers are started with.
 func (b *bench) newKit(self, dir string) *kit {
-	k := &kit{self: self, threads: b.threads, processes: b.processes, fds: openFiles(b.idle), sluice: b.sluice}
+	k := &kit{self: self, threads: b.threads, processes: b.processes, fds: openFiles(b.idle), sluice: b.sluice,
+		congestion: b.congestion}
 	if k.sluice == "" {
 		k.sluice = filepath.Join(dir, "sluice.bin")
 		if _, err := os.Stat(k.sluice); err != nil {
@@ -230,7 +248,21 @@ func pick[T any](list string, all []T, is func(T, string) bool) ([]T, error) {
 }
 
 func (p peer) is(name string) bool { return p.name == name }
-func (t test) is(name string) bool { return t.name == name || t.group == name }
+func (t test) is(name string) bool { return t.name == name || t.group == name || t.place == name }
+
+// takes says whether p is measured with t.
+func (p peer) takes(t test) bool {
+	if p.lab != (t.place != "") || slices.Contains(p.not, t.load.Kind) {
+		return false
+	}
+	switch t.load.Kind {
+	case "idle":
+		return p.start != nil || p.args != nil
+	case "scale":
+		return p.many != nil
+	}
+	return true
+}
 
 // run measures every test against every peer, round by round, and writes the report.
 func (b *bench) run(ctx context.Context, self, dir string, out io.Writer) error {
@@ -247,6 +279,9 @@ func (b *bench) run(ctx context.Context, self, dir string, out io.Writer) error 
 	if b.tests == "" {
 		tests = usualTests()
 	}
+	peers = slices.DeleteFunc(slices.Clone(peers), func(p peer) bool {
+		return !slices.ContainsFunc(tests, p.takes)
+	})
 	if b.printConf {
 		_, err := fmt.Fprintf(out, "# haproxy.cfg\n%s\n# nginx.conf\n%s\n# sshd.conf\n%s",
 			haproxyConf, nginxConf, sshdConf)
@@ -263,7 +298,7 @@ func (b *bench) run(ctx context.Context, self, dir string, out io.Writer) error 
 				t.load.Conns = b.scale
 			}
 			for _, p := range peers {
-				if r.missing[p.name] != "" || t.load.Kind == "idle" && p.start == nil || t.load.Kind == "scale" && p.many == nil {
+				if r.missing[p.name] != "" || !p.takes(t) || t.once && round > 0 {
 					continue
 				}
 				s := measure(ctx, k, dir, p, t, round+1, b.time)
@@ -271,7 +306,7 @@ func (b *bench) run(ctx context.Context, self, dir string, out io.Writer) error 
 					return errors.New("interrupted")
 				}
 				r.add(s)
-				fmt.Fprintf(b.log, "%d/%d %-6s %-14s %s\n", round+1, b.rounds, t.name, p.name, s)
+				fmt.Fprintf(b.log, "%d/%d %-10s %-14s %s\n", round+1, b.rounds, t.name, p.name, s)
 			}
 		}
 	}

@@ -21,7 +21,14 @@ func (r *Report) markdown(out io.Writer) error {
 		r.table(&w, t)
 	}
 	for _, s := range subjects {
-		r.ratios(&w, s)
+		r.ratios(&w, s, bases, true)
+	}
+	for _, s := range labSubjects {
+		r.ratios(&w, s, slices.DeleteFunc(slices.Clone(labBases), func(b string) bool { return b == s }), false)
+	}
+	if rows := r.goalRows(); len(rows) > 0 {
+		fmt.Fprintf(&w, "### Goals of the transparent ways in\n\n")
+		writeTable(&w, []string{"goal", "host", "lan"}, rows)
 	}
 	for _, p := range r.measured() {
 		if text := r.projection(p); text != "" && slices.Contains(subjects, p) {
@@ -75,20 +82,28 @@ func (r *Report) cell(peer string, ms []metric) string {
 	for _, m := range ms {
 		vs := r.values(m.test, peer, m.key)
 		v, ok := median(vs)
-		if !ok || peer == "direct" && strings.HasPrefix(m.key, "relay_") {
-			return "–"
+		limit := limitOf(m.test)
+		if !ok || peer == limit && m.isRelays() {
+			parts = append(parts, "–")
+			continue
 		}
 		s := fmt.Sprintf(m.format, v)
-		if q, ok := ratio(vs, r.values(m.test, "direct", m.key)); ok && m.ofDirect && peer != "direct" {
+		if q, ok := ratio(vs, r.values(m.test, limit, m.key)); ok && m.ofLimit && peer != limit {
 			s += fmt.Sprintf(" (%.2f)", q)
 		}
 		parts = append(parts, s)
 	}
+	if !slices.ContainsFunc(parts, func(s string) bool { return s != "–" }) {
+		return "–"
+	}
 	return strings.Join(parts, " · ")
 }
 
-// ratios writes the table of subject ÷ base for every metric with a name.
-func (r *Report) ratios(w *bytes.Buffer, subject string) {
+// isRelays says that m is about the relay alone, and so nothing where there is none.
+func (m metric) isRelays() bool { return strings.HasPrefix(m.key, "relay_") }
+
+// ratios writes the table of subject ÷ base for every metric with a name; best adds the best of the others.
+func (r *Report) ratios(w *bytes.Buffer, subject string, bases []string, best bool) {
 	names := r.measured()
 	if !slices.Contains(names, subject) {
 		return
@@ -100,13 +115,20 @@ func (r *Report) ratios(w *bytes.Buffer, subject string) {
 			heads, over = append(heads, subject+" ÷ "+b), append(over, b)
 		}
 	}
-	heads = append(heads, subject+" ÷ best")
+	if best {
+		heads = append(heads, subject+" ÷ best")
+	}
 	var rows [][]string
 	for _, t := range tables {
 		for _, m := range slices.Concat(t.cells...) {
-			if row, ok := r.ratioRow(subject, over, m); ok {
-				rows = append(rows, append(row, r.best(subject, m)))
+			row, ok := r.ratioRow(subject, over, m)
+			if !ok {
+				continue
 			}
+			if best {
+				row = append(row, r.best(subject, m))
+			}
+			rows = append(rows, row)
 		}
 	}
 	if len(over) == 0 || len(rows) == 0 {
@@ -121,7 +143,7 @@ func (r *Report) ratioRow(subject string, over []string, m metric) (row []string
 	row = []string{m.name + " " + arrow}
 	for _, b := range over {
 		q, ok := ratio(r.values(m.test, subject, m.key), r.values(m.test, b, m.key))
-		if !ok || b == "direct" && strings.HasPrefix(m.key, "relay_") {
+		if !ok || b == limitOf(m.test) && m.isRelays() {
 			row = append(row, "–")
 			continue
 		}

@@ -18,7 +18,7 @@ const (
 	opUpload   = 'U' // reads
 	opDownload = 'D' // writes
 	opBoth     = 'B'
-	opProbe    = 'P' // answers with this byte; so does the echo
+	opProbe    = 'P' // answers with this byte; so do the echo, and the origin of datagrams
 )
 
 // bulkBuffer is what the ends read and write at once in bulk.
@@ -35,7 +35,7 @@ type ask struct {
 
 type answer struct {
 	Addr     string  `json:",omitempty"` // where the origin listens: its first line
-	N        int64   `json:",omitempty"` // bytes, messages or connections so far
+	N        int64   `json:",omitempty"` // bytes, messages, connections or datagrams so far
 	T        int64   `json:",omitempty"` // when N was read, ns
 	P50, P99 float64 `json:",omitempty"` // µs
 	RTT      []int32 `json:",omitempty"` // ns: each round trip of answer and sample
@@ -80,10 +80,10 @@ func converse(reply func(ask) answer) int {
 	}
 }
 
-// origin counts the bytes it receives in bulk.
+// origin counts the bytes it receives in bulk, or the datagrams.
 type origin struct{ received atomic.Int64 }
 
-// originMain is an origin of one of two kinds, because the echo's thread keeps a processor to itself.
+// originMain is an origin of one of three kinds, because the echo's thread keeps a processor to itself.
 func originMain(args []string) int {
 	var o origin
 	var at string
@@ -104,6 +104,14 @@ func originMain(args []string) int {
 		}
 		at = ln.Addr().String()
 		go o.acceptBulk(ln)
+	case len(args) == 2 && args[0] == "udp":
+		conn, err := listenDatagrams(args[1])
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		at = conn.LocalAddr().String()
+		go o.sinkDatagrams(conn)
 	default:
 		return 2
 	}

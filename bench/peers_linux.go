@@ -22,6 +22,11 @@ type peer struct {
 	start func(k *kit, dir, listen, origin string) ([]*process, error)
 	// many starts a process for each of the origins, all of them at the port of listen. Nil where it cannot.
 	many func(k *kit, dir, listen string, origins []string) ([]*process, error)
+	// lab says that it is measured in a lab, as a router. Then there is no start, but the arguments of sluice
+	// for a client at a place; nil for no relay.
+	lab  bool
+	args func(from place, origin string) []string
+	not  []string // kinds of load, of a lab's, that it does not take or that say nothing of it
 }
 
 // kit is what peers are started with.
@@ -32,7 +37,8 @@ type kit struct {
 	threads int // 0: each program's own choice
 	fds     int // the limit of open files a process
 
-	processes int // of each relay in the test scale; 0: as few as can
+	processes  int    // of each relay in the test scale; 0: as few as can
+	congestion string // congestion control of a lab, empty for the machine's
 }
 
 // allPeers returns every peer in the order of the report.
@@ -41,7 +47,7 @@ func allPeers(k *kit) []peer {
 	if k.threads > 0 {
 		threads = fmt.Sprintf("threads: %d", k.threads)
 	}
-	return []peer{
+	return append([]peer{
 		{name: "direct", about: "no relay"},
 		{name: "haproxy", about: "mode tcp, option splice-auto, " + threads,
 			needs: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: haproxyAuto.start,
@@ -65,7 +71,7 @@ func allPeers(k *kit) []peer {
 			many: each(baseline("relay"))},
 		{name: "sluice", about: "sluice forward --log-level warn (none of the relays logs its sessions)", start: sluice,
 			many: each(sluiceShared)},
-	}
+	}, labPeers...)
 }
 
 // missing says why p cannot run here, or nil.
@@ -77,6 +83,9 @@ func (k *kit) missing(p peer) error {
 	}
 	if isProgram(p.name) && k.sluice == "" {
 		return k.why
+	}
+	if p.lab {
+		return canLab()
 	}
 	return nil
 }

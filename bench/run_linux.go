@@ -18,25 +18,27 @@ type test struct {
 	name  string
 	group string // what -tests may say for several
 	load  load
+	place string // where the client is, in a lab: host or lan; empty for a test over loopback
+	once  bool   // in the first round only, as there is nothing random in it
 }
 
-var allTests = []test{
-	{"up1", "bulk", load{Kind: "bulk", Conns: 1, Dir: opUpload}},
-	{"up8", "bulk", load{Kind: "bulk", Conns: 8, Dir: opUpload}},
-	{"down1", "bulk", load{Kind: "bulk", Conns: 1, Dir: opDownload}},
-	{"down8", "bulk", load{Kind: "bulk", Conns: 8, Dir: opDownload}},
-	{"both1", "bulk", load{Kind: "bulk", Conns: 1, Dir: opBoth}},
-	{"both8", "bulk", load{Kind: "bulk", Conns: 8, Dir: opBoth}},
-	{"pp64", "msg", load{Kind: "pingpong", Conns: 64}},
-	{"pp1", "msg", load{Kind: "pingpong", Conns: 1}},
-	{"short", "conn", load{Kind: "short", Conns: 32}},
-	{"idle", "idle", load{Kind: "idle"}},
-	{"scale", "scale", load{Kind: "scale"}}, // only where it is asked for
-}
+var allTests = append([]test{
+	{name: "up1", group: "bulk", load: load{Kind: "bulk", Conns: 1, Dir: opUpload}},
+	{name: "up8", group: "bulk", load: load{Kind: "bulk", Conns: 8, Dir: opUpload}},
+	{name: "down1", group: "bulk", load: load{Kind: "bulk", Conns: 1, Dir: opDownload}},
+	{name: "down8", group: "bulk", load: load{Kind: "bulk", Conns: 8, Dir: opDownload}},
+	{name: "both1", group: "bulk", load: load{Kind: "bulk", Conns: 1, Dir: opBoth}},
+	{name: "both8", group: "bulk", load: load{Kind: "bulk", Conns: 8, Dir: opBoth}},
+	{name: "pp64", group: "msg", load: load{Kind: "pingpong", Conns: 64}},
+	{name: "pp1", group: "msg", load: load{Kind: "pingpong", Conns: 1}},
+	{name: "short", group: "conn", load: load{Kind: "short", Conns: 32}},
+	{name: "idle", group: "idle", load: load{Kind: "idle"}},
+	{name: "scale", group: "scale", load: load{Kind: "scale"}},
+}, labTests...)
 
 // usualTests returns those that are run unless others are asked for.
 func usualTests() []test {
-	return slices.DeleteFunc(slices.Clone(allTests), func(t test) bool { return t.name == "scale" })
+	return slices.DeleteFunc(slices.Clone(allTests), func(t test) bool { return t.name == "scale" || t.place != "" })
 }
 
 // Sample is one measurement of one relay.
@@ -99,6 +101,8 @@ type run struct {
 	ctx    context.Context
 	kit    *kit
 	dir    string
+	lab    *lab  // nil: over loopback
+	from   place // of the client in the lab
 	ends   []*endProcess
 	relay  []*process
 	target string // where the client connects
@@ -108,13 +112,27 @@ type run struct {
 // newEnd starts an end: "load", or "origin" with its kind and address.
 func (r *run) newEnd(args ...string) (*endProcess, error) {
 	e := &endProcess{ctx: r.ctx, load: args[0] == "load"}
-	p, err := launch(e.pipes, r.kit.self, append([]string{"-end"}, args...)...)
+	at := atOrigin
+	if e.load {
+		at = r.from
+	}
+	err := r.within(at, func() (err error) {
+		e.process, err = launch(e.pipes, r.kit.self, append([]string{"-end"}, args...)...)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
-	e.process = p
 	r.ends = append(r.ends, e)
 	return e, nil
+}
+
+// within calls f in the lab, where there is one.
+func (r *run) within(at place, f func() error) error {
+	if r.lab == nil {
+		return f()
+	}
+	return r.lab.within(at, f)
 }
 
 func (r *run) set(key string, v float64) { r.sample.Values[key] = v }
@@ -147,6 +165,10 @@ func (r *run) close() {
 	for _, e := range r.ends { // the client first, or it sees the relay die and counts failures
 		e.stop()
 		e.in.Close()
+	}
+	if r.lab != nil {
+		r.closeLab()
+		return
 	}
 	stopAll(r.relay)
 }
@@ -206,7 +228,7 @@ func measure(ctx context.Context, k *kit, dir string, p peer, t test, round int,
 	defer cancel()
 	r := &run{ctx: ctx, kit: k, dir: filepath.Join(dir, p.name), sample: s}
 	defer r.close()
-	if err := r.point(p, t, d); err != nil {
+	if err := r.begin(p, t, d); err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
@@ -216,18 +238,27 @@ func measure(ctx context.Context, k *kit, dir string, p peer, t test, round int,
 	return s
 }
 
-func (r *run) point(p peer, t test, d time.Duration) error {
+// begin starts the origin and the relay, and measures.
+func (r *run) begin(p peer, t test, d time.Duration) error {
 	if err := os.MkdirAll(r.dir, 0o755); err != nil {
 		return err
 	}
 	if t.load.Kind == "scale" {
 		return r.scalePoint(p, t.load.Conns, d)
 	}
-	kind := "echo"
-	if t.load.Kind == "bulk" {
-		kind = "bulk"
-	}
 	addr := "127.0.0.1:0"
+	if p.lab {
+		var err error
+		if r.lab, err = newLab(r.kit.congestion); err != nil {
+			return err
+		}
+		r.from = placeOf(t)
+		addr = labOrigin + ":0"
+	}
+	kind := "echo"
+	if t.load.Kind == "bulk" || t.load.Kind == "udp" {
+		kind = t.load.Kind
+	}
 	for held := 0; held == 0 || t.load.Kind == "idle" && held < t.load.Conns; held += perProcess {
 		o, err := r.newEnd("origin", kind, addr)
 		if err != nil {
@@ -239,6 +270,18 @@ func (r *run) point(p peer, t test, d time.Duration) error {
 		}
 		addr = a.Addr
 	}
+	start := r.startRelay
+	if p.lab {
+		start = r.startRouter
+	}
+	if err := start(p, addr); err != nil {
+		return fmt.Errorf("does not start: %w", err)
+	}
+	return r.point(t, d)
+}
+
+// startRelay starts a relay to the origin at addr, over loopback.
+func (r *run) startRelay(p peer, addr string) error {
 	r.target = addr
 	if p.start != nil {
 		listen, err := freeAddr()
@@ -246,17 +289,16 @@ func (r *run) point(p peer, t test, d time.Duration) error {
 			return err
 		}
 		if r.relay, err = p.start(r.kit, r.dir, listen, addr); err != nil {
-			return fmt.Errorf("does not start: %w", err)
+			return err
 		}
 		r.target = listen
 	}
-	if err := waitRelay(r.target, r.relay); err != nil {
-		return fmt.Errorf("does not start: %w", err)
-	}
+	return waitRelay(r.target, r.relay)
+}
+
+// point measures what runs.
+func (r *run) point(t test, d time.Duration) error {
 	if t.load.Kind == "idle" {
-		if p.start == nil {
-			return nil
-		}
 		return r.idlePoint(t.load.Conns)
 	}
 	c, err := r.newEnd("load")
@@ -266,6 +308,9 @@ func (r *run) point(p peer, t test, d time.Duration) error {
 	q := ask{Op: "start", Load: t.load}
 	q.Load.Addr = r.target
 	if _, err := c.ask(q, 20*time.Second); err != nil {
+		return err
+	}
+	if err := r.awaitFirst(); err != nil {
 		return err
 	}
 	if err := r.sleep(min(d/4, 500*time.Millisecond)); err != nil { // windows grow, pipes are made, pools fill
@@ -291,7 +336,32 @@ func (r *run) point(p peer, t test, d time.Duration) error {
 			return fmt.Errorf("under load, %w", err)
 		}
 	}
+	if t.load.Kind == "udp" {
+		if err := r.losses(); err != nil {
+			return err
+		}
+	}
 	return r.figures(t, before, after, last)
+}
+
+// awaitFirst waits until something has come through, or for five seconds: a first packet that gets lost costs a second,
+// which is nobody's rate.
+func (r *run) awaitFirst() error {
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+		for _, e := range r.ends {
+			a, err := e.ask(ask{Op: "count"}, 10*time.Second)
+			if err != nil {
+				return err
+			}
+			if a.N > 0 {
+				return nil
+			}
+		}
+		if err := r.sleep(10 * time.Millisecond); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // figures works out the values of a point between two snapshots.
@@ -317,6 +387,10 @@ func (r *run) figures(t test, a, b snapshot, last answer) error {
 		r.set("p99_us", last.P99)
 	case "short":
 		r.set("conn_s", rate)
+	case "udp":
+		r.datagramFigures(a, b)
+		n -= b.n[1] - a.n[1] // what was sent is not what was received
+		per, unit = float64(n)*datagram/1e9, "cpu_s_per_gb"
 	}
 	r.set("relay_"+unit, relay/per)
 	r.set("ends_"+unit, ends/per)
