@@ -128,21 +128,38 @@ func ping(addr string, msg []byte, halfClose bool) error {
 }
 
 func TestDialSocketRefused(t *testing.T) {
-	ln := listenSockets(t)
-	nobody := ln.Addr().(*net.TCPAddr).AddrPort()
-	ln.Close()
+	nobody := unheard(t)
 	why := make(chan error, 1)
 	c, err := net.Dial("tcp", forward(t, nobody, time.Minute, func(err error) { why <- err }))
-	if err != nil {
-		t.Fatal(err)
+	reset := err // which may come before connect has returned
+	if err == nil {
+		defer c.Close()
+		_, reset = c.Read(make([]byte, 1))
 	}
-	defer c.Close()
+	if !errors.Is(reset, syscall.ECONNRESET) {
+		t.Error("client saw", reset)
+	}
 	if err := <-why; !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Error(err)
 	}
-	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
-		t.Error("client saw", err)
+}
+
+// unheard returns an address where nobody listens, and nobody else can meanwhile: it is bound.
+func unheard(t *testing.T) netip.AddrPort {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
 	}
+	t.Cleanup(func() { syscall.Close(fd) })
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	sa, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return addrPortOf(sa)
 }
 
 // deaf returns the address of a listener that completes no more connections.
