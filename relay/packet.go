@@ -26,6 +26,13 @@ func (e Endpoint) AddrPort() netip.AddrPort {
 	return netip.AddrPortFrom(e.IP, e.Port)
 }
 
+// SamePlace says whether e and f are one place. Zones of addresses are not compared: who has been told a zone by its name may be
+// answered from the same by its number.
+func (e Endpoint) SamePlace(f Endpoint) bool {
+	e.IP, f.IP = e.IP.WithZone(""), f.IP.WithZone("")
+	return e == f
+}
+
 // Host returns the address or the name.
 func (e Endpoint) Host() string {
 	if e.IP.IsValid() {

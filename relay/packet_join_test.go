@@ -62,6 +62,26 @@ func (c *queueConn) Refuse(e Endpoint, err error) {
 
 func endpoint(s string) Endpoint { return EndpointOf(netip.MustParseAddrPort(s)) }
 
+func TestSamePlace(t *testing.T) {
+	named, numbered := endpoint("[fe80::1%eth0]:53"), endpoint("[fe80::1%2]:53")
+	for _, tt := range []struct {
+		e, f Endpoint
+		want bool
+	}{
+		{named, numbered, true},
+		{named, endpoint("[fe80::1]:53"), true},
+		{named, endpoint("[fe80::2%2]:53"), false},
+		{named, endpoint("[fe80::1%2]:54"), false},
+		{endpoint("192.0.2.1:53"), endpoint("192.0.2.1:53"), true},
+		{Endpoint{Name: "x", Port: 53}, Endpoint{Name: "x", Port: 53}, true},
+		{Endpoint{Name: "x", Port: 53}, Endpoint{Name: "y", Port: 53}, false},
+	} {
+		if got := tt.e.SamePlace(tt.f); got != tt.want || tt.f.SamePlace(tt.e) != tt.want {
+			t.Errorf("%v and %v: %v", tt.e, tt.f, got)
+		}
+	}
+}
+
 // joinPackets runs JoinPackets and returns its result once it has ended.
 func joinPackets(ctx context.Context, r *Relay, st *PacketStats) (client, origin *queueConn, over <-chan PacketResult) {
 	client, origin = newQueueConn(), newQueueConn()

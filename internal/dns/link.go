@@ -313,7 +313,7 @@ func (c *packetMessages) receive() ([]byte, error) {
 		if err := c.ReadPacket(&p); err != nil {
 			return nil, err
 		}
-		if p.Endpoint == c.to || p.Endpoint.Port == c.to.Port && (p.Endpoint.Name != "" || c.to.Name != "") {
+		if p.Endpoint.SamePlace(c.to) || p.Endpoint.Port == c.to.Port && (p.Endpoint.Name != "" || c.to.Name != "") {
 			return append([]byte(nil), p.Data...), nil
 		}
 	}

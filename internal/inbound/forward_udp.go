@@ -79,7 +79,7 @@ func (a *forwardAnswerer) WritePackets(ps []relay.Packet) (n int, err error) {
 }
 
 func (a *forwardAnswerer) isAwaited(e relay.Endpoint) bool {
-	return e.Port == a.from.Port && (!a.from.IP.IsValid() || e.IP == a.from.IP)
+	return e.Port == a.from.Port && (!a.from.IP.IsValid() || e.SamePlace(a.from))
 }
 
 // Refuse implements relay.Refuser.

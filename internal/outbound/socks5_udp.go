@@ -79,7 +79,7 @@ func (c *socks5Packets) ReadPacket(p *relay.Packet) error {
 			return c.readError(err)
 		}
 		from, data, err := socks5.ParseDatagram(p.Data)
-		if err == nil && (p.Endpoint == c.relay || !c.relay.IP.IsValid()) {
+		if err == nil && (p.Endpoint.SamePlace(c.relay) || !c.relay.IP.IsValid()) {
 			p.Endpoint, p.Data = relay.Endpoint(from), data
 			return nil
 		}
