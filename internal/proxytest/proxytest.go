@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -50,16 +51,22 @@ func skip(t testing.TB, why string) {
 	t.Skip(why)
 }
 
-// FreePort returns a TCP port that nobody listens at on loopback, for programs that cannot choose
-// one themselves. Somebody else may take it before they do.
+// FreePort returns a port that nobody listens at on any address, for programs that cannot choose one
+// themselves. It is not one of those that the kernel gives to who asks for any (from 32768 on), so
+// that only another random choice could take it before they do.
 func FreePort(t testing.TB) uint16 {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		port := uint16(10000 + rand.IntN(22000))
+		ln, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+		if err != nil {
+			continue
+		}
+		ln.Close()
+		return port
 	}
-	defer ln.Close()
-	return uint16(ln.Addr().(*net.TCPAddr).Port)
+	t.Fatal("a hundred ports are in use")
+	return 0
 }
 
 // Dial connects to a within Patience, and closes the conn at the test's end.

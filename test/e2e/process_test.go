@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -31,17 +30,8 @@ const patience = proxytest.Patience
 // address is random.
 func freeAddr(t *testing.T) string {
 	t.Helper()
-	for range 100 {
-		ip := net.IPv4(127, byte(1+rand.IntN(250)), byte(rand.IntN(256)), byte(1+rand.IntN(250)))
-		ln, err := net.Listen("tcp", net.JoinHostPort(ip.String(), "0"))
-		if err != nil {
-			continue
-		}
-		defer ln.Close()
-		return ln.Addr().String()
-	}
-	t.Fatal("no free address in 127.0.0.0/8")
-	return ""
+	ip := netip.AddrFrom4([4]byte{127, byte(1 + rand.IntN(250)), byte(rand.IntN(256)), byte(1 + rand.IntN(250))})
+	return netip.AddrPortFrom(ip, proxytest.FreePort(t)).String()
 }
 
 // isListening looks for addr in the kernel's table. It does not connect, which would count as a

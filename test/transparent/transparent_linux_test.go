@@ -348,10 +348,12 @@ func TestSplice(t *testing.T) {
 			l.origin.serve(t, at(originIP[0], "8080"), func(c net.Conn) { io.Copy(c, zeros{}) })
 			s := l.router.startSluice(t, kind.args...)
 			c := l.client.mustDial(t, "tcp", at(originIP[0], "8080"))
-			if _, err := io.CopyN(io.Discard, c, 64<<20); err != nil {
-				t.Fatal(err)
-			}
 			proxytest.Until(t, "sluice holds a pipe", func() bool {
+				// It takes to splicing when much has come while the client paused, as between these reads.
+				if _, err := io.CopyN(io.Discard, c, 4<<20); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(10 * time.Millisecond)
 				dir := fmt.Sprintf("/proc/%d/fd", s.cmd.Process.Pid)
 				fds, _ := os.ReadDir(dir)
 				for _, fd := range fds {
