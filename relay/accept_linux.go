@@ -1,7 +1,8 @@
 package relay
 
 import (
-	"errors"
+	"cmp"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -11,22 +12,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socketListener accepts Sockets. It waits through Go's poller, by a descriptor of its own.
+// socketListener accepts Sockets. Its descriptor is not in Go's poller, which would wake a thread for each client that a loop
+// accepts, and for nothing.
 type socketListener struct {
-	net.Listener
-	file  *os.File
-	raw   syscall.RawConn
-	tcp   bool
-	local netip.AddrPort // of all its sockets; zero where it listens at all addresses
+	net.Listener // of TCP: closed already, and knows its address. Of Unix: removes its path when it is closed
+	fd           int
+	tcp          bool
+	local        netip.AddrPort // of all its sockets; zero where it listens at all addresses
+
+	mu     sync.Mutex
+	waiter *os.File // the same socket in Go's poller, since the first Accept
+	raw    syscall.RawConn
+	closed bool
 }
 
 // Accept waits for the next client. Its errors are those of a net.Listener.
 func (l *socketListener) Accept() (net.Conn, error) {
-	var (
-		s   *Socket
-		err error
-	)
-	rerr := l.raw.Read(func(fd uintptr) bool {
+	raw, err := l.wait()
+	if err != nil {
+		return nil, l.failed(err)
+	}
+	var s *Socket
+	rerr := raw.Read(func(fd uintptr) bool {
 		s, err = l.acceptFrom(int(fd))
 		return err != syscall.EAGAIN
 	})
@@ -37,6 +44,32 @@ func (l *socketListener) Accept() (net.Conn, error) {
 		return nil, l.failed(os.NewSyscallError("accept4", err))
 	}
 	return s, nil
+}
+
+// wait returns the socket as Go's poller knows it.
+func (l *socketListener) wait() (syscall.RawConn, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.waiter == nil {
+		fd, err := l.dup()
+		if err != nil {
+			return nil, err
+		}
+		l.waiter = os.NewFile(uintptr(fd), "listener")
+		if l.raw, err = l.waiter.SyscallConn(); err != nil {
+			return nil, err
+		}
+	}
+	return l.raw, nil
+}
+
+// dup returns another descriptor of the socket. The lock is held.
+func (l *socketListener) dup() (int, error) {
+	if l.closed {
+		return -1, net.ErrClosed
+	}
+	fd, err := unix.FcntlInt(uintptr(l.fd), unix.F_DUPFD_CLOEXEC, 0)
+	return fd, os.NewSyscallError("fcntl", err)
 }
 
 // acceptFrom accepts a client that waits. Its error is an errno.
@@ -54,43 +87,64 @@ func (l *socketListener) failed(err error) error {
 
 // Close closes the listener.
 func (l *socketListener) Close() error {
-	return errors.Join(l.Listener.Close(), l.file.Close())
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return l.failed(net.ErrClosed)
+	}
+	l.closed = true
+	rawClose(l.fd)
+	if l.waiter != nil {
+		l.waiter.Close()
+	}
+	if l.tcp {
+		return nil
+	}
+	return l.Listener.Close()
 }
 
 // SocketListener returns ln as a listener whose conns are Sockets. Their keepalive is on and finds a vanished
 // machine within about a minute. On systems where a Socket has no use, and for listeners other than
-// *net.TCPListener and *net.UnixListener, it is ln itself. Closing the result closes ln.
+// *net.TCPListener and *net.UnixListener, it is ln itself. It takes ln over, even if it fails: ln is not to be used any
+// more, and closing the result ends listening.
 func SocketListener(ln net.Listener) (net.Listener, error) {
 	l := &socketListener{Listener: ln}
-	var err error
 	switch t := ln.(type) {
 	case *net.TCPListener:
 		l.tcp = true
 		if ap := t.Addr().(*net.TCPAddr).AddrPort(); !ap.Addr().IsUnspecified() {
 			l.local = netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 		}
-		l.file, err = t.File()
 	case *net.UnixListener:
-		l.file, err = t.File()
 	default:
 		return ln, nil
 	}
-	if err != nil {
-		return nil, err
-	}
-	if l.raw, err = l.file.SyscallConn(); err != nil {
-		l.file.Close()
-		return nil, err
-	}
-	if l.tcp {
-		l.raw.Control(func(fd uintptr) { // inherited by the sockets accepted
-			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-			if isTransparent(int(fd)) { // each of its sockets has the address that its client wanted
-				l.local = netip.AddrPort{}
-			}
-		})
+	if err := l.takeOver(); err != nil {
+		ln.Close()
+		return nil, fmt.Errorf("relay: take a listener over: %w", err)
 	}
 	return l, nil
+}
+
+func (l *socketListener) takeOver() error {
+	raw, err := l.Listener.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var duped error
+	err = raw.Control(func(fd uintptr) {
+		if l.fd, duped = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); duped != nil || !l.tcp {
+			return
+		}
+		unix.SetsockoptInt(l.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // inherited by the sockets accepted
+		if isTransparent(l.fd) {                                        // each of its sockets has the address that its client wanted
+			l.local = netip.AddrPort{}
+		}
+	})
+	if err = cmp.Or(err, duped); err == nil && l.tcp {
+		l.Listener.Close() // the socket lives on by its other descriptor
+	}
+	return err
 }
 
 // isTransparent says whether a listener takes what is for other addresses, too. The two options are one for the kernel, but
@@ -110,15 +164,14 @@ func AcceptSockets(ln net.Listener, take func(*Socket), fail func(error)) (a *Ac
 	if !ok {
 		return nil, false
 	}
-	a = &Acceptor{ln: l, take: take, fail: fail, paused: true, fd: -1}
-	l.raw.Control(func(fd uintptr) {
-		if n, err := unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err == nil {
-			a.fd = n
-		}
-	})
-	if a.fd < 0 {
+	a = &Acceptor{ln: l, take: take, fail: fail, paused: true}
+	l.mu.Lock()
+	fd, err := l.dup()
+	l.mu.Unlock()
+	if err != nil {
 		return nil, false
 	}
+	a.fd = fd
 	if err := allLoops(a.join); err != nil {
 		a.Close()
 		return nil, false

@@ -3,11 +3,14 @@ package relay
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
+	"strings"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -446,8 +449,7 @@ func TestAcceptorOutlivesItsListener(t *testing.T) {
 	if !handled {
 		t.Fatal("not handled")
 	}
-	var was uintptr
-	ln.(*socketListener).raw.Control(func(fd uintptr) { was = fd })
+	was := ln.(*socketListener).fd
 	ln.Close()
 	client, ra := tcpPair(t)
 	rb, origin := tcpPair(t)
@@ -456,9 +458,53 @@ func TestAcceptorOutlivesItsListener(t *testing.T) {
 	a.Resume()
 	a.Pause()
 	a.Resume()
-	if int(was) == a.fd || !answers(client, origin, 2*time.Second) {
+	if was == a.fd || !answers(client, origin, 2*time.Second) {
 		t.Error("the pair has lost its events to an Acceptor whose listener is closed")
 	}
 	a.Close()
 	a.Resume()
+}
+
+// TestClientsWakeNoPoller: a listener whose clients a loop accepts is in the loop's epoll only. In that of Go's poller, too,
+// each client woke a thread, which found nobody to tell.
+func TestClientsWakeNoPoller(t *testing.T) {
+	ln := listenSockets(t)
+	a, handled := AcceptSockets(ln, func(s *Socket) { s.Close() }, func(err error) { t.Error(err) })
+	if !handled {
+		t.Fatal("not handled")
+	}
+	defer a.Close()
+	a.Resume()
+	var st unix.Stat_t
+	if err := unix.Fstat(a.fd, &st); err != nil {
+		t.Fatal(err)
+	}
+	watching := func() (by int) {
+		fds, _ := os.ReadDir("/proc/self/fd")
+		for _, fd := range fds {
+			info, _ := os.ReadFile("/proc/self/fdinfo/" + fd.Name()) // of an epoll: a line for each descriptor that is in it
+			by += strings.Count(string(info), fmt.Sprintf(" ino:%x ", st.Ino))
+		}
+		return by
+	}
+	if got := watching(); got != loopCount() {
+		t.Errorf("the listener is in %d epolls, with %d loops", got, loopCount())
+	}
+	accepted := make(chan struct{})
+	go func() { // through Go's poller, as an inbound with a handshake does
+		defer close(accepted)
+		if _, err := ln.Accept(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Accept of a closed listener: %v", err)
+		}
+	}()
+	for deadline := time.Now().Add(10 * time.Second); watching() == loopCount(); {
+		if time.Now().After(deadline) {
+			t.Fatal("Accept waits, and the poller does not know: this test sees nothing")
+		}
+	}
+	ln.Close()
+	<-accepted
+	if _, err := ln.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept of a closed listener: %v", err)
+	}
 }
