@@ -167,7 +167,16 @@ func (s *Stack) Serve(ctx context.Context, h proxy.Handler) error {
 		s.Close()
 	case <-r.closed:
 	}
-	r.sessions.Wait()
+	finished := make(chan struct{})
+	go r.finish(finished)
+	if err == nil {
+		select {
+		case <-finished:
+		case err = <-reading: // the device is gone, and with it what its sessions could wait for
+			r.cancel(err)
+		}
+	}
+	<-finished
 	if err == nil {
 		r.linger()
 		r.link.dev.Close()
@@ -203,6 +212,12 @@ func (r *running) read(done chan<- error) {
 		err = fmt.Errorf("netstack: %w", err)
 	}
 	done <- err
+}
+
+// finish waits for the sessions.
+func (r *running) finish(done chan<- struct{}) {
+	r.sessions.Wait()
+	close(done)
 }
 
 // begins takes a session, unless the stack takes none any more. The caller calls r.sessions.Done once for it.
