@@ -44,7 +44,8 @@ const (
 
 // handle takes a datagram, whole and reassembled.
 func (d *datagrams) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
-	if !isUnicast(id.LocalAddress) || !isUnicast(id.RemoteAddress) || id.LocalPort == 0 || id.RemotePort == 0 {
+	client, dst := addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort)
+	if !isWay(client, dst) {
 		return true
 	}
 	size, segment := pkt.Data().Size(), int(pkt.GSOOptions.MSS)
@@ -55,7 +56,6 @@ func (d *datagrams) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer
 		size = int(header.UDP(pkt.TransportHeader().Slice()).Length()) - header.UDPMinimumSize
 		segment = max(size, 1)
 	}
-	client, dst := addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort)
 	s := d.session(client, dst)
 	if s == nil {
 		return true

@@ -27,7 +27,7 @@ func (e *echoes) init(r *running) { e.r, e.slots = r, make(chan struct{}, echoes
 // handle takes an ICMP message, whole and reassembled. It is true always: the stack must not answer.
 func (e *echoes) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	head := pkt.TransportHeader().Slice()
-	if e.r.settings.Ping == nil || len(head) < 4 || head[1] != 0 || !isUnicast(id.LocalAddress) || !isUnicast(id.RemoteAddress) {
+	if e.r.settings.Ping == nil || len(head) < 4 || head[1] != 0 || !isWay(addrPort(id.RemoteAddress, 1), addrPort(id.LocalAddress, 1)) {
 		return true
 	}
 	if isV4 := id.LocalAddress.Len() == header.IPv4AddressSize; isV4 && head[0] != byte(header.ICMPv4Echo) ||

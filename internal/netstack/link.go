@@ -149,7 +149,7 @@ func (l *link) datagram(h *tundev.Header, b []byte) bool {
 		}
 	}
 	client, place := addrPort(src, u.SourcePort()), addrPort(dst, u.DestinationPort())
-	if !isHost(client) || !isHost(place) {
+	if !isWay(client, place) {
 		return false
 	}
 	l.udp(client, place, u.Payload())

@@ -47,6 +47,9 @@ func (t *streams) newForwarder() {
 
 // handle takes a packet that belongs to no endpoint. False has it answered by a RST.
 func (t *streams) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	if !isWay(addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort)) {
+		return true
+	}
 	h := header.TCP(pkt.TransportHeader().Slice())
 	switch flags := h.Flags(); {
 	case flags.Contains(header.TCPFlagRst):
@@ -54,9 +57,6 @@ func (t *streams) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) 
 		return true
 	case !flags.Contains(header.TCPFlagSyn) || flags.Contains(header.TCPFlagAck):
 		return false
-	}
-	if !isUnicast(id.LocalAddress) || !isUnicast(id.RemoteAddress) || id.LocalPort == 0 || id.RemotePort == 0 {
-		return true
 	}
 	p := &pending{t: t, id: id, seq: h.SequenceNumber(), probeSeq: rand.Uint32()}
 	taken, fresh := t.enter(p)
@@ -296,13 +296,16 @@ func (p *pending) recovered() {
 	p.Done()
 }
 
-// isUnicast says whether a stream or an answer can come from an address.
-func isUnicast(a tcpip.Address) bool { return isHost(addrPort(a, 1)) }
+// isWay says whether packets can go from one place to another: both are at hosts, and not at the same one. A host that
+// sends to itself does not do so by a device, and its answers would come back as what it has sent.
+func isWay(from, to netip.AddrPort) bool {
+	return from.Addr() != to.Addr() && isHost(from) && isHost(to)
+}
 
-// isHost says whether a can be a place at a host, other than the device's own.
+// isHost says whether a can be a place at a host. IPv4 is not sent in IPv6's addresses.
 func isHost(a netip.AddrPort) bool {
 	ip := a.Addr()
-	return ip.IsValid() && !ip.IsUnspecified() && !ip.IsMulticast() && !ip.IsLoopback() &&
+	return ip.IsValid() && !ip.IsUnspecified() && !ip.IsMulticast() && !ip.IsLoopback() && !ip.Is4In6() &&
 		ip != netip.AddrFrom4([4]byte{255, 255, 255, 255}) && a.Port() != 0
 }
 
