@@ -166,10 +166,14 @@ type httpWriter struct {
 // Unwrap lets http.ResponseController flush.
 func (w *httpWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// WriteHeader keeps net/http from guessing a Content-Type that the origin has not said.
+// WriteHeader keeps net/http from guessing a Content-Type that the origin has not said, and says to the client that
+// this is the last answer where the listener is closed: net/http's server may learn of that only later.
 func (w *httpWriter) WriteHeader(code int) {
 	if _, ok := w.Header()["Content-Type"]; !ok && code >= 200 {
 		w.Header()["Content-Type"] = nil
+	}
+	if code >= 200 && w.f.client.l.s.isClosed() {
+		w.Header().Set("Connection", "close")
 	}
 	w.ResponseWriter.WriteHeader(code)
 }
