@@ -1,6 +1,9 @@
 package netstack
 
 import (
+	"container/list"
+	"context"
+	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
@@ -8,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -22,11 +26,13 @@ type datagrams struct {
 	r   *running
 	max int
 
-	mu       sync.Mutex
-	sessions map[netip.AddrPort]*session
-	full     episode
-	dropped  atomic.Int64
-	dropping episode
+	mu         sync.Mutex
+	sessions   map[netip.AddrPort]*session
+	unanswered list.List // those of sessions that got no datagram yet, oldest first
+	live       int       // handlers that run, also those of sessions that were closed
+	full       episode
+	dropped    atomic.Int64
+	dropping   episode
 }
 
 func (d *datagrams) init(r *running, most int) {
@@ -83,7 +89,8 @@ func (d *datagrams) session(client, dst netip.AddrPort) *session {
 	if s := d.sessions[client]; s != nil {
 		return s
 	}
-	if len(d.sessions) >= d.max {
+	if d.live >= d.max {
+		d.evict()
 		if d.full.begins() {
 			d.r.warn("datagrams dropped: as many sources as max-sessions allows", "max-sessions", d.max)
 		}
@@ -92,10 +99,41 @@ func (d *datagrams) session(client, dst netip.AddrPort) *session {
 	if !d.r.begins() {
 		return nil
 	}
-	s := &session{d: d, client: client, ready: make(chan struct{}, 1)}
+	s := &session{d: d, client: client, ready: make(chan struct{}, 1), start: time.Now()}
+	s.ctx, s.cancel = context.WithCancelCause(d.r.ctx)
+	s.place = d.unanswered.PushBack(s)
 	d.sessions[client] = s
+	d.live++
 	go s.serve(dst)
 	return s
+}
+
+// answerWait is how long a source that nobody has answered keeps its place where there are no more.
+const answerWait = time.Second
+
+// errEvicted is why a session ended that nobody had answered.
+var errEvicted = fmt.Errorf("netstack: never answered, and its place was needed: %w", net.ErrClosed)
+
+// evict ends the oldest session that was never answered, and whose source may be nobody, for the next that asks: the
+// handler needs a moment to end. The caller has d.mu.
+func (d *datagrams) evict() {
+	first := d.unanswered.Front()
+	if first == nil || d.live > len(d.sessions) {
+		return
+	}
+	if s := first.Value.(*session); time.Since(s.start) >= answerWait {
+		s.cancel(errEvicted)
+		d.remove(s)
+		s.close()
+	}
+}
+
+// remove takes s out: the next datagram of its client begins another session. The caller has d.mu.
+func (d *datagrams) remove(s *session) {
+	if d.sessions[s.client] == s {
+		delete(d.sessions, s.client)
+	}
+	d.unanswered.Remove(s.place)
 }
 
 // session is the datagrams of one client, which it sends from one port. It is the client's end of a relay.
@@ -103,6 +141,12 @@ type session struct {
 	d      *datagrams
 	client netip.AddrPort
 	ready  chan struct{} // has a value when there may be a datagram
+
+	ctx      context.Context // of the handler
+	cancel   context.CancelCauseFunc
+	start    time.Time
+	place    *list.Element // among the unanswered; not there any more once answered or closed
+	answered atomic.Bool
 
 	mu     sync.Mutex
 	queue  []relay.Packet
@@ -118,8 +162,9 @@ var (
 
 func (s *session) serve(dst netip.AddrPort) {
 	defer s.d.r.sessions.Done()
+	defer s.ended()
 	defer s.recovered()
-	s.d.r.handler.HandlePackets(s.d.r.ctx, proxy.Flow{
+	s.d.r.handler.HandlePackets(s.ctx, proxy.Flow{
 		Inbound: s.d.r.settings.Name, Client: s.client, Local: dst, Dst: proxy.UDP(dst.Addr().String(), dst.Port()),
 	}, s)
 }
@@ -130,6 +175,14 @@ func (s *session) recovered() {
 		s.d.r.log.Error("panic while serving a client", "client", s.client, "panic", v, "stack", string(debug.Stack()))
 	}
 	s.Close()
+}
+
+// ended gives the session's place free.
+func (s *session) ended() {
+	s.cancel(nil)
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	s.d.live--
 }
 
 // take takes a datagram that did not come by the stack.
@@ -237,7 +290,18 @@ func (s *session) WritePacket(p *relay.Packet) error {
 	if closed {
 		return net.ErrClosed
 	}
+	if !s.answered.Load() {
+		s.hasAnswer()
+	}
 	return s.d.r.sendUDP(from, s.client, p.Data)
+}
+
+// hasAnswer is called when the client is sent something.
+func (s *session) hasAnswer() {
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	s.answered.Store(true)
+	s.d.unanswered.Remove(s.place)
 }
 
 // Refuse implements relay.Refuser.
@@ -252,14 +316,17 @@ func (s *session) Refuse(e relay.Endpoint, err error) {
 // Close implements relay.PacketConn.
 func (s *session) Close() error {
 	s.d.mu.Lock()
-	if s.d.sessions[s.client] == s {
-		delete(s.d.sessions, s.client)
-	}
+	s.d.remove(s)
 	s.d.mu.Unlock()
+	s.close()
+	return nil
+}
+
+func (s *session) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return nil
+		return
 	}
 	s.closed = true
 	for i := range s.queue[s.first:] {
@@ -270,5 +337,4 @@ func (s *session) Close() error {
 	case s.ready <- struct{}{}:
 	default:
 	}
-	return nil
 }
