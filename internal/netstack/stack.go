@@ -31,8 +31,12 @@ type Stack struct {
 	// Open returns the device; Listen calls it, and the Stack closes the device. It should be up.
 	Open func(ctx context.Context) (*tundev.Device, error)
 
-	MaxPending  int // streams whose dial goes on at a time; further SYNs are dropped. 0: DefaultMaxPending
-	MaxSessions int // sources of datagrams at a time; datagrams of further ones are dropped. 0: DefaultMaxSessions
+	// MaxPending is how many streams' dials go on at a time; further SYNs are dropped. One client (in IPv6 one network of 64
+	// bits) may have as many of them as are left: half of all, where it is alone. 0: DefaultMaxPending.
+	MaxPending int
+	// MaxSessions is how many sources of datagrams there are at a time; datagrams of further ones are dropped, and one that nobody
+	// has answered yet makes room. 0: DefaultMaxSessions.
+	MaxSessions int
 
 	// Ping asks dst for an answer to an ICMP echo with this payload, and returns nil once it is there. An echo
 	// request from the device is answered when Ping returns nil, and not at all otherwise. Nil: none is answered.

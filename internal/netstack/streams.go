@@ -30,6 +30,7 @@ type streams struct {
 
 	mu      sync.Mutex
 	pending map[stack.TransportEndpointID]*pending
+	sites   map[netip.Prefix]int // how many of the pending are of whom
 	full    episode
 }
 
@@ -37,7 +38,8 @@ func (t *streams) init(r *running, most int) {
 	if most == 0 {
 		most = DefaultMaxPending
 	}
-	t.r, t.max, t.pending = r, most, make(map[stack.TransportEndpointID]*pending)
+	t.r, t.max = r, most
+	t.pending, t.sites = make(map[stack.TransportEndpointID]*pending), make(map[netip.Prefix]int)
 }
 
 func (t *streams) newForwarder() {
@@ -77,9 +79,12 @@ func (t *streams) enter(p *pending) (taken, fresh bool) {
 	if t.pending[p.id] != nil {
 		return false, false
 	}
-	if len(t.pending) >= t.max {
+	// Nobody may have more than are left for others, so that one client that dials in vain does not stop the rest.
+	site := siteOf(p.id.RemoteAddress)
+	if t.sites[site] >= t.max-len(t.pending) {
 		if t.full.begins() {
-			t.r.warn("SYNs dropped: as many dials as max-pending allows go on", "max-pending", t.max)
+			t.r.warn("SYNs dropped: as many dials as max-pending allows go on", "max-pending", t.max, "dials", len(t.pending),
+				"client", site.Addr(), "of-client", t.sites[site])
 		}
 		return false, false
 	}
@@ -87,6 +92,7 @@ func (t *streams) enter(p *pending) (taken, fresh bool) {
 		return false, true
 	}
 	t.pending[p.id] = p
+	t.sites[site]++
 	p.probing = time.AfterFunc(firstProbe, p.probe)
 	return true, true
 }
@@ -95,7 +101,20 @@ func (t *streams) leave(p *pending) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.pending, p.id)
+	site := siteOf(p.id.RemoteAddress)
+	if t.sites[site]--; t.sites[site] == 0 {
+		delete(t.sites, site)
+	}
 	p.probing.Stop()
+}
+
+// siteOf returns whose address a is: a host's, or in IPv6 that of a network, in which a host may have any number of addresses.
+func siteOf(a tcpip.Address) netip.Prefix {
+	bits := 32
+	if a.Len() == header.IPv6AddressSize {
+		bits = 64
+	}
+	return netip.PrefixFrom(addrPort(a, 0).Addr(), bits).Masked()
 }
 
 // reset gives up the dial of a client that has reset its stream, or answered a probe.
