@@ -6,6 +6,7 @@ import (
 	"syscall"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/log"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
@@ -35,6 +36,7 @@ const (
 
 // newStack makes the TCP/IP: it has every address, and no route but the device.
 func (r *running) newStack() error {
+	log.SetLevel(log.Warning) // else gVisor writes to stderr of packets that are strange
 	s := stack.New(stack.Options{
 		NetworkProtocols: []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
 		TransportProtocols: []stack.TransportProtocolFactory{

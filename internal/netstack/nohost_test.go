@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/log"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -48,6 +49,9 @@ func TestNoHosts(t *testing.T) {
 			time.Sleep(time.Millisecond)
 			g.quiet(what + " from " + way[0] + " to " + way[1])
 		}
+	}
+	if log.IsLogging(log.Info) {
+		t.Error("gVisor writes of them to stderr")
 	}
 	if f := h.Flows(); len(f) != 0 {
 		t.Errorf("%d sessions: %+v", len(f), f)
