@@ -2,7 +2,6 @@ package conform
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"syscall"
@@ -124,8 +123,4 @@ func TestResetCancelsTheDial(t *testing.T) {
 	if origin.Accepted() > 0 {
 		t.Errorf("the origin was dialled %d times", origin.Accepted())
 	}
-}
-
-func errorf(got heard, format string, args ...any) error {
-	return fmt.Errorf("read %q, %v: "+format, append([]any{got.answer, got.err}, args...)...)
 }

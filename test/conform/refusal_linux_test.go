@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -157,4 +158,8 @@ func TestUpstreamRefuses(t *testing.T) {
 			}
 		}
 	}
+}
+
+func errorf(got heard, format string, args ...any) error {
+	return fmt.Errorf("read %q, %v: "+format, append([]any{got.answer, got.err}, args...)...)
 }

@@ -108,7 +108,7 @@ func startWith(t *testing.T, stdin *os.File, name string, args ...string) *proce
 	}
 	p.cmd.WaitDelay = time.Second
 	p.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // or sluice takes a second to end
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	p.cmd.SysProcAttr = diesWithUs(syscall.SysProcAttr{Setpgid: true})
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

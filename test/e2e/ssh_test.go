@@ -17,8 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
@@ -140,35 +138,6 @@ func TestReverseThatCannotListen(t *testing.T) {
 	}
 }
 
-// openTerminal returns the two ends of a pseudo-terminal.
-func openTerminal(t *testing.T) (person, program *os.File) {
-	t.Helper()
-	person, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)
-	if err != nil {
-		t.Skip(err)
-	}
-	t.Cleanup(func() { person.Close() })
-	raw, err := person.SyscallConn() // Fd would have reads block for ever
-	if err != nil {
-		t.Fatal(err)
-	}
-	var n int
-	raw.Control(func(fd uintptr) {
-		if n, err = unix.IoctlGetInt(int(fd), unix.TIOCGPTN); err == nil {
-			err = unix.IoctlSetPointerInt(int(fd), unix.TIOCSPTLCK, 0)
-		}
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	program, err = os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|syscall.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { program.Close() })
-	return person, program
-}
-
 // TestSSHAsksAtTheTerminal: an unknown host key and a passphrase are asked for at the controlling
 // terminal, what is secret is not shown, and the key is remembered.
 func TestSSHAsksAtTheTerminal(t *testing.T) {
@@ -183,7 +152,7 @@ func TestSSHAsksAtTheTerminal(t *testing.T) {
 	var out output
 	p := &process{cmd: exec.Command(binary, "reverse", "0", "1", "--via", sshVia(s)), log: &out, done: make(chan struct{})}
 	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = tty, tty, tty
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true, Pdeathsig: syscall.SIGKILL}
+	p.cmd.SysProcAttr = diesWithUs(syscall.SysProcAttr{Setsid: true, Setctty: true})
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -280,7 +249,7 @@ func startPostgreSQL(t *testing.T) uint16 {
 	if err := os.Chown(dir, uid, gid); err != nil {
 		t.Fatal(err)
 	}
-	as := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, Pdeathsig: syscall.SIGKILL}
+	as := diesWithUs(syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}})
 	bin, data := filepath.Dir(bins[len(bins)-1]), filepath.Join(dir, "data")
 	initdb := exec.Command(filepath.Join(bin, "initdb"), "-D", data, "-A", "trust", "-U", "postgres", "--no-sync", "--no-locale")
 	initdb.SysProcAttr, initdb.Dir = as, dir
