@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"testing"
+	"time"
 
 	"github.com/sluice-proxy/sluice/internal/proxytest"
 	"github.com/sluice-proxy/sluice/internal/tundev"
@@ -27,5 +28,11 @@ func TestConform(t *testing.T) {
 			b.inside(func() { c, err = new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(host4, port)) })
 			return c, err
 		},
-	}, relaytest.Options{})
+	}, relaytest.Options{
+		Delay:   250 * time.Millisecond, // on a machine that has other things to do
+		Rounds:  20,
+		Silence: 100 * time.Millisecond,
+		Prompt:  3 * time.Second,
+		Timeout: 40 * time.Second,
+	})
 }
