@@ -512,19 +512,7 @@ func TestTUNRefuses(t *testing.T) {
 func TestTUNRouter(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
-	lan := n.host + "-lan"
-	n.add(lan)
-	n.sh(lan, "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad")
-	n.ip("-n", n.host, "link", "add", "eth1", "type", "veth", "peer", "name", "eth0", "netns", lan)
-	n.sh(n.host, "cd /proc/sys/net && echo 1 >ipv4/ip_forward && echo 1 >ipv6/conf/all/forwarding && echo 1 >ipv4/conf/eth1/rp_filter")
-	for ns, dev := range map[string]string{n.host: "eth1", lan: "eth0"} {
-		n.ip("-n", ns, "link", "set", dev, "up")
-		last := map[string]int{n.host: 1, lan: 2}[ns]
-		n.ip("-n", ns, "addr", "add", fmt.Sprintf("10.88.0.%d/24", last), "dev", dev)
-		n.ip("-n", ns, "addr", "add", fmt.Sprintf("fd88::%d/64", last), "dev", dev, "nodad")
-	}
-	n.ip("-n", lan, "route", "add", "default", "via", "10.88.0.1")
-	n.ip("-n", lan, "route", "add", "default", "via", "fd88::1")
+	lan := n.lan()
 	p := n.tun("--via", "socks5://10.77.0.1:1080")
 	for _, url := range []string{"http://203.0.113.1/", "http://[2001:db8::1]/"} {
 		n.get(lan, url)
