@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
@@ -35,7 +36,7 @@ func (e *echoes) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) b
 		return true
 	}
 	message := append(append([]byte(nil), head...), pkt.Data().AsRange().ToSlice()...)
-	if len(message) < header.ICMPv4MinimumSize {
+	if len(message) < header.ICMPv4MinimumSize || !pkt.RXChecksumValidated && !isValidICMP(id, message) {
 		return true
 	}
 	select {
@@ -49,6 +50,15 @@ func (e *echoes) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) b
 	}
 	go e.answer(addrPort(id.RemoteAddress, 0).Addr(), addrPort(id.LocalAddress, 0).Addr(), message)
 	return true
+}
+
+// isValidICMP checks a message's sum, which in IPv6 is over a pseudo header, too.
+func isValidICMP(id stack.TransportEndpointID, message []byte) bool {
+	sum := uint16(0)
+	if id.LocalAddress.Len() == header.IPv6AddressSize {
+		sum = header.PseudoHeaderChecksum(header.ICMPv6ProtocolNumber, id.RemoteAddress, id.LocalAddress, uint16(len(message)))
+	}
+	return checksum.Checksum(message, sum) == 0xffff
 }
 
 // answer answers a client's request once dst has answered the same.

@@ -57,3 +57,42 @@ func TestNoHosts(t *testing.T) {
 		t.Errorf("%d sessions: %+v", len(f), f)
 	}
 }
+
+// What was changed on its way is nobody's, and is not answered.
+func TestWrongSums(t *testing.T) {
+	proxytest.NoLeaks(t)
+	h := new(proxytest.RecordingHandler)
+	g := newRig(t, h, func(s *Stack) { s.Ping = waits })
+	for _, v6 := range []bool{false, true} {
+		src, dst, make, icmp := fuzzSrc, fuzzDst, packet4, byte(1)
+		echo := []byte{8, 0, 1, 2, 0, 0, 0, 0, 'x'}
+		if v6 {
+			src, dst, make, icmp, echo[0] = ap(client6, 4000), ap(host6, 80), packet6, 58, 128
+		}
+		g.inject(make(src.Addr(), dst.Addr(), icmp, echo))
+		for _, udp := range []bool{false, true} {
+			for _, flags := range []header.TCPFlags{header.TCPFlagSyn, header.TCPFlagAck, header.TCPFlagFin} {
+				b := transport(src, dst, flags, udp, []byte("x"))
+				b[len(b)-1]++
+				proto := byte(6)
+				if udp {
+					proto = 17
+				}
+				g.inject(make(src.Addr(), dst.Addr(), proto, b))
+			}
+		}
+	}
+	g.quiet("wrong sums")
+	if f := h.Flows(); len(f) != 0 {
+		t.Errorf("%+v", f)
+	}
+	if dials, pings := pendings(g.stack), len(g.stack.r.echo.slots); dials+pings != 0 {
+		t.Errorf("%d dials, %d pings", dials, pings)
+	}
+}
+
+// waits is a Ping that is never answered.
+func waits(ctx context.Context, _ netip.Addr, _ []byte) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
