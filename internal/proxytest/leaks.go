@@ -2,6 +2,7 @@ package proxytest
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -124,19 +125,21 @@ func takeLoops(all map[string]string) (loops int) {
 	return loops
 }
 
-// openFiles returns the descriptors of the process by number and target; none where there is no /proc.
+// openFiles returns the descriptors of the process, the first, second and so on of each file or socket, whatever their numbers: one
+// may move while a test begins. There are none where there is no /proc.
 // Those of pollers are left out: they are made once, when first needed, and kept.
 func openFiles() map[string]string {
 	const dir = "/proc/self/fd"
 	all := make(map[string]string)
+	of := make(map[string]int) // how many descriptors a file has
 	entries, _ := os.ReadDir(dir)
 	for _, e := range entries {
 		to, err := os.Readlink(filepath.Join(dir, e.Name()))
 		if err != nil || to == "anon_inode:[eventpoll]" || to == "anon_inode:[eventfd]" {
 			continue // gone by now: the one of ReadDir
 		}
-		name := e.Name() + " " + to
-		all[name] = name
+		of[to]++
+		all[fmt.Sprint(to, " ", of[to])] = e.Name() + " " + to
 	}
 	return all
 }
