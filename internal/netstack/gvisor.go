@@ -58,15 +58,18 @@ func (r *running) newStack() error {
 		}
 	}
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
-	cubic, retries := tcpip.CongestionControlOption("cubic"), tcpip.TCPSynRetriesOption(synRetries)
+	control, retries := tcpip.CongestionControlOption("reno"), tcpip.TCPSynRetriesOption(synRetries)
 	wait, linger := tcpip.TCPTimeWaitTimeoutOption(timeWait), tcpip.TCPLingerTimeoutOption(finWait2)
+	// Reno: all the device loses is lost by a client's own network, where the way back is short, and there CUBIC grows no faster. What CUBIC
+	// does sooner is to leave slow start, at the first delay (HyStart): here a delay is but a processor's turn, and a small window makes
+	// small packets.
 	// Without RACK: its probes of the tail are sent before acknowledgements that wait in the device's queue are read, and each that
 	// was needless halves the window. SACK finds what is lost.
 	recovery := tcpip.TCPRecovery(0)
 	set(&recovery)
 	set(&sack)
 	set(&moderate)
-	set(&cubic)
+	set(&control)
 	set(&wait)
 	set(&linger)
 	set(&retries)
