@@ -30,6 +30,7 @@ type link struct {
 	mtu        atomic.Uint32
 	dispatcher stack.NetworkDispatcher // set before the first packet
 	slices     sync.Pool
+	answers    answers
 	valid      atomic.Bool // the sums of the packet that is being delivered are known to be right
 	// syn is shown each SYN, before the stack; may be nil.
 	syn func(tcpip.NetworkProtocolNumber, stack.TransportEndpointID)
@@ -45,6 +46,7 @@ var (
 func newLink(dev device) *link {
 	l := &link{dev: dev}
 	l.mtu.Store(uint32(dev.MTU()))
+	l.answers.init(l)
 	l.slices.New = func() any { return new([][]byte) }
 	return l
 }
@@ -182,6 +184,9 @@ func (l *link) lookForSYN(pkt *stack.PacketBuffer, size int) {
 // WritePackets implements stack.LinkWriter.
 func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	for i, pkt := range pkts.AsSlice() {
+		if l.answers.take(pkt) {
+			continue
+		}
 		if err := l.write(pkt); err != nil {
 			return i, err
 		}

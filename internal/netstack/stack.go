@@ -160,6 +160,8 @@ func (s *Stack) Serve(ctx context.Context, h proxy.Handler) error {
 	r.mu.Unlock()
 	defer r.cancel(nil)
 
+	go r.link.answers.run()
+	defer r.link.answers.end()
 	reading := make(chan error, 1)
 	go r.read(reading)
 	var err error
