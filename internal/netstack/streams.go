@@ -28,6 +28,8 @@ type streams struct {
 	max       int
 	forwarder *tcp.Forwarder
 
+	workers workers
+
 	mu      sync.Mutex
 	pending map[stack.TransportEndpointID]*pending
 	sites   map[netip.Prefix]int // how many of the pending are of whom
@@ -40,6 +42,7 @@ func (t *streams) init(r *running, most int) {
 	}
 	t.r, t.max = r, most
 	t.pending, t.sites = make(map[stack.TransportEndpointID]*pending), make(map[netip.Prefix]int)
+	t.workers.requests = make(chan *tcp.ForwarderRequest)
 }
 
 func (t *streams) newForwarder() {
@@ -144,15 +147,57 @@ func (t *streams) reopens(proto tcpip.NetworkProtocolNumber, id stack.TransportE
 	}
 }
 
-// serve carries one stream until its session can go on without it.
+// workers are goroutines that wait for a next stream: gVisor starts a goroutine for each SYN, and what costs most of
+// that is to grow its stack to the depth of a dial, again for each stream.
+type workers struct {
+	requests chan *tcp.ForwarderRequest
+	idle     atomic.Int32
+}
+
+const (
+	workersMax = 64          // that wait
+	workerIdle = time.Second // how long one does
+)
+
+// serve carries one stream until its session can go on without it, or has a worker that waits do so, or becomes a worker.
 func (t *streams) serve(req *tcp.ForwarderRequest) {
+	select {
+	case t.workers.requests <- req:
+		return
+	default:
+	}
+	t.r.sessions.Add(1) // a worker ends when the stack takes no new streams
+	defer t.r.sessions.Done()
+	idle := time.NewTimer(workerIdle)
+	defer idle.Stop()
+	for req != nil {
+		t.carry(req)
+		idle.Reset(workerIdle)
+		req = t.next(idle.C)
+	}
+}
+
+// next waits for another stream. It returns nil where that is to be left to others.
+func (t *streams) next(idle <-chan time.Time) (req *tcp.ForwarderRequest) {
+	defer t.workers.idle.Add(-1)
+	if t.workers.idle.Add(1) > workersMax {
+		return nil
+	}
+	select {
+	case req = <-t.workers.requests:
+	case <-idle:
+	case <-t.r.closed:
+	}
+	return req
+}
+
+// carry carries one stream until its session can go on without it.
+func (t *streams) carry(req *tcp.ForwarderRequest) {
 	id := req.ID()
 	t.mu.Lock()
 	p := t.pending[id]
 	t.mu.Unlock()
 	p.req = req
-	t.r.sessions.Add(1) // the session may outlive this call
-	defer t.r.sessions.Done()
 	defer p.recovered()
 	client, dst := addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort)
 	f := proxy.Flow{
