@@ -203,9 +203,12 @@ func (v *vector) add(b []byte) {
 // forget drops the pointers to the caller's memory.
 func (v *vector) forget() { clear(v.iov[:v.used]) }
 
+// The system calls are raw: they do not wait, and the scheduler, told of one that takes some 20 µs, gives the
+// processor to another thread, to have it back at once.
+
 func (v *vector) tryRead(fd uintptr) bool {
 	for {
-		n, _, errno := syscall.Syscall(unix.SYS_READV, fd, uintptr(unsafe.Pointer(&v.iov[0])), uintptr(v.used))
+		n, _, errno := syscall.RawSyscall(unix.SYS_READV, fd, uintptr(unsafe.Pointer(&v.iov[0])), uintptr(v.used))
 		if errno == unix.EINTR {
 			continue
 		}
@@ -216,7 +219,7 @@ func (v *vector) tryRead(fd uintptr) bool {
 
 func (v *vector) doWrite(fd uintptr) {
 	for {
-		n, _, errno := syscall.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&v.iov[0])), uintptr(v.used))
+		n, _, errno := syscall.RawSyscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&v.iov[0])), uintptr(v.used))
 		if errno == unix.EINTR {
 			continue
 		}
