@@ -51,9 +51,11 @@ func newLink(dev device) *link {
 	return l
 }
 
-// readSizes are those of the memory that a packet is read into, so that a packet takes twice its size at most and
-// a small one little. The first holds all headers.
-var readSizes = [...]int{2 << 10, 2 << 10, 4 << 10, 8 << 10, 16 << 10, 32 << 10}
+// readSizes are those of the memory that a packet is read into. The first holds all headers, and a small packet.
+var readSizes = [...]int{2 << 10, 64 << 10}
+
+// copyMax is how much of a packet is copied to memory of its size, so that it does not hold more than twice that.
+const copyMax = 32 << 10
 
 // read passes packets to the stack until the device fails.
 func (l *link) read() error {
@@ -87,6 +89,10 @@ func (l *link) read() error {
 				break
 			}
 			v := views[i]
+			if i > 0 && n <= copyMax {
+				payload.Append(buffer.NewViewWithData(bufs[i][:n]))
+				break
+			}
 			v.CapLength(n)
 			n -= v.Size()
 			payload.Append(v)
