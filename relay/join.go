@@ -28,10 +28,15 @@ var (
 func (r *Relay) Join(ctx context.Context, a, b io.ReadWriteCloser, st *Stats) Result {
 	st, a, b, heads := prepare(st, a, b)
 	over := make(chan Result, 1)
-	if p, handled := startKernel(r, st, a, b, heads, func(res Result) { over <- res }); handled {
-		return r.await(ctx, p, over)
+	return r.await(ctx, r.start(st, a, b, heads, func(res Result) { over <- res }), over)
+}
+
+// start joins what prepare has prepared.
+func (r *Relay) start(st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, done func(Result)) *Pair {
+	if p, handled := startKernel(r, st, a, b, heads, done); handled {
+		return p
 	}
-	return newPair(r, st, a, b, heads).run(ctx)
+	return newPair(r, st, a, b, heads, done).begin()
 }
 
 // await returns the pair's result, and aborts the pair once ctx and then the grace have ended.
@@ -59,22 +64,7 @@ func (r *Relay) await(ctx context.Context, p *Pair, over <-chan Result) Result {
 // Under the Kernel engine a started pair has no goroutine.
 func (r *Relay) Start(a, b io.ReadWriteCloser, st *Stats, done func(Result)) *Pair {
 	st, a, b, heads := prepare(st, a, b)
-	if p, handled := startKernel(r, st, a, b, heads, done); handled {
-		return p
-	}
-	ctx, cancel := context.WithCancelCause(context.Background())
-	now := *r
-	now.Grace = 0 // Abort is without
-	go newPair(&now, st, a, b, heads).runAsync(ctx, cancel, done)
-	return &Pair{canceler(cancel)}
-}
-
-func (p *pair) runAsync(ctx context.Context, cancel context.CancelCauseFunc, done func(Result)) {
-	res := p.run(ctx)
-	cancel(nil)
-	if done != nil {
-		done(res)
-	}
+	return r.start(st, a, b, heads, done)
 }
 
 // Pair is a pair that [Relay.Start] has joined.
@@ -90,10 +80,6 @@ func (p *Pair) Abort(cause error) {
 	}
 	p.engine.abortPair(cause)
 }
-
-type canceler context.CancelCauseFunc
-
-func (c canceler) abortPair(cause error) { c(cause) }
 
 // prepare fills in what the caller left out and takes transparent wrappers off.
 func prepare(st *Stats, a, b io.ReadWriteCloser) (*Stats, io.ReadWriteCloser, io.ReadWriteCloser, [2][]byte) {

@@ -1,7 +1,6 @@
 package relay
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"net"
@@ -11,21 +10,30 @@ import (
 	"time"
 )
 
-// The portable engine: for each direction a goroutine, the pump, that reads and writes; and the
-// caller's own, which drives the machine: it alone decides, closes and keeps the time. A pump
-// reports and obeys. A pump that waits in a conn that has no deadlines is freed by closing the conn.
+// The portable engine: for each direction a goroutine, the pump, that reads and writes; and turns, which drive
+// the machine: they alone decide, close and keep the time. A pump reports and obeys. A pump that waits in a
+// conn that has no deadlines is freed by closing the conn.
+//
+// One goroutine at a time takes turns, for as long as there is something to do: a pair that only moves bytes has
+// none but its pumps.
 
 // pair is a joined pair under the portable engine.
 type pair struct {
-	relay  *Relay
-	stats  *Stats
-	sides  [2]*conn
-	heads  [2][]byte
-	m      machine
-	gov    *governor // nil: no limits on its bytes
-	start  time.Time
-	events chan event // holds all that can be reported, so that no report blocks
-	pumps  sync.WaitGroup
+	relay *Relay
+	stats *Stats
+	sides [2]*conn
+	heads [2][]byte
+	m     machine
+	gov   *governor // nil: no limits on its bytes
+	start time.Time
+	done  func(Result) // may be nil
+	quiet silence      // of who takes the turns, as the machine and the timer are
+	timer *time.Timer
+	pumps sync.WaitGroup
+
+	mu      sync.Mutex
+	reports []event // to be handled
+	turning bool    // somebody takes turns
 
 	moved   [2]atomic.Int64 // when the direction last moved a byte, since start
 	waiting [2]atomic.Bool  // the direction holds bytes that its destination has not taken
@@ -48,22 +56,26 @@ const (
 	evConnErr
 	evExceeded   // the quota is used up, and side sends on
 	evHalfClosed // side is the conn that was half-closed, or could not be
+	evTick       // the time is to be looked at
+	evCanceled   // err is why
 )
 
 // eventsMax bounds what one pair can report: a pump fails or ends once and may say before that its
-// conn has failed, and each conn is watched for one failure.
-const eventsMax = 10
+// conn has failed, each conn is watched for one failure, and the time comes once until it was looked at. Nothing matters
+// after a cancellation.
+const eventsMax = 12
 
-func newPair(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte) *pair {
+func newPair(r *Relay, st *Stats, a, b io.ReadWriteCloser, heads [2][]byte, done func(Result)) *pair {
 	st.setEngine(Copy)
 	return &pair{
 		relay: r, stats: st, sides: [2]*conn{newConn(ordinary(a)), newConn(ordinary(b))}, heads: heads, m: newMachine(), gov: newGovernor(r),
-		start: time.Now(), events: make(chan event, eventsMax),
+		done: done, start: time.Now(),
 	}
 }
 
-// run carries the pair to its end.
-func (p *pair) run(ctx context.Context) Result {
+// begin starts the pair. Its end is told to done, on a goroutine of the pair's.
+func (p *pair) begin() *Pair {
+	p.turning = true // nobody else, before all is set up
 	for s, c := range p.sides {
 		s := Side(s)
 		c.watch(func() { p.report(event{kind: evConnErr, side: s}) })
@@ -71,9 +83,12 @@ func (p *pair) run(ctx context.Context) Result {
 	p.pumps.Add(2)
 	go p.pump(A)
 	go p.pump(B)
-	p.drive(ctx)
-	p.pumps.Wait()
-	return result(&p.m, p.stats, time.Since(p.start))
+	p.timer = time.AfterFunc(time.Hour, p.ticks)
+	p.arm()
+	if !p.rest() {
+		go p.turns()
+	}
+	return &Pair{p}
 }
 
 // result reads the machine of a pair that is over.
@@ -86,53 +101,80 @@ func result(m *machine, st *Stats, d time.Duration) Result {
 	}
 }
 
-// report never blocks; what does not fit says nothing new.
+// report has e handled. It never blocks.
 func (p *pair) report(e event) {
-	select {
-	case p.events <- e:
-	default:
+	if p.put(e) {
+		go p.turns()
+	}
+}
+
+// put puts e among what is to be handled, and says whether the caller is to take the turns. What does not
+// fit says nothing new.
+func (p *pair) put(e event) (mine bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.reports) < eventsMax {
+		p.reports = append(p.reports, e)
+	}
+	mine = !p.turning
+	p.turning = true
+	return mine
+}
+
+// rest ends the caller's turns, unless there is something to handle.
+func (p *pair) rest() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.turning = len(p.reports) > 0
+	if !p.turning {
+		p.reports = nil
+	}
+	return !p.turning
+}
+
+func (p *pair) next() event {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e := p.reports[0]
+	p.reports = p.reports[1:]
+	return e
+}
+
+// turns handles what was reported, until there is nothing more or the pair is over. Nobody takes turns after that.
+func (p *pair) turns() {
+	for !p.rest() {
+		p.do(p.handle(p.next()))
+		if p.m.phase == over {
+			p.finish()
+			return
+		}
+		p.arm()
+	}
+}
+
+func (p *pair) finish() {
+	p.timer.Stop()
+	p.pumps.Wait()
+	if p.done != nil {
+		p.done(result(&p.m, p.stats, time.Since(p.start)))
 	}
 }
 
 // drainPoll is how often the send queues of a pair that is ending are looked at.
 const drainPoll = 5 * time.Millisecond
 
-// drive runs the machine until the pair is over.
-func (p *pair) drive(ctx context.Context) {
-	var (
-		cancel = ctx.Done()
-		cause  error
-		grace  <-chan time.Time
-		timer  = time.NewTimer(time.Hour)
-		quiet  silence
-	)
-	defer timer.Stop()
-	for p.m.phase != over {
-		wait := p.remaining(&quiet)
-		if wait > 0 {
-			timer.Reset(wait)
-		} else {
-			timer.Stop()
-		}
-		var act action
-		select {
-		case e := <-p.events:
-			act = p.handle(e)
-		case <-timer.C:
-			act = p.tick(&quiet)
-		case <-cancel:
-			cancel, cause = nil, context.Cause(ctx)
-			if p.relay.Grace > 0 {
-				grace = time.After(p.relay.Grace)
-				continue
-			}
-			act = p.m.cancel(cause)
-		case <-grace:
-			act = p.m.cancel(cause)
-		}
-		p.do(act)
+// arm has the time looked at when something may be due.
+func (p *pair) arm() {
+	if wait := p.remaining(&p.quiet); wait > 0 {
+		p.timer.Reset(wait)
+	} else {
+		p.timer.Stop()
 	}
 }
+
+func (p *pair) ticks() { p.report(event{kind: evTick}) }
+
+func (p *pair) abortPair(cause error) { p.report(event{kind: evCanceled, err: cause}) }
 
 func (p *pair) handle(e event) action {
 	switch e.kind {
@@ -146,6 +188,10 @@ func (p *pair) handle(e event) action {
 		return p.m.exceeded()
 	case evHalfClosed:
 		return p.halfClosed(e.side, e.err)
+	case evTick:
+		return p.tick(&p.quiet)
+	case evCanceled:
+		return p.m.cancel(e.err)
 	}
 	err := e.err
 	if err == nil {
@@ -212,7 +258,7 @@ func (p *pair) halfClosed(s Side, err error) action {
 	return 0
 }
 
-// silence is what drive remembers of the time without progress.
+// silence is what turns remember of the time without progress.
 type silence struct {
 	since  time.Duration // since when there is none, after the pair's start
 	limit  limit         // the limit that was in force then
@@ -244,7 +290,7 @@ func (p *pair) lastMove(q *silence) time.Duration {
 func (p *pair) tick(q *silence) action {
 	now := time.Since(p.start)
 	d := p.relay.length(q.limit)
-	if d <= 0 {
+	if d <= 0 || q.limit != p.m.limit() { // it was for a limit that is not in force any more
 		return 0
 	}
 	for s, c := range p.sides { // a send queue that changes is progress, and a full one no silence
@@ -268,17 +314,21 @@ func (p *pair) tick(q *silence) action {
 
 // pump moves the bytes of one direction until its end.
 func (p *pair) pump(s Side) {
-	defer p.pumps.Done()
-	defer p.recover(s)
-	e := p.copy(s)
-	p.report(e)
+	e := p.carry(s)
+	p.pumps.Done() // the last turn waits for it, and may be this one
+	if p.put(e) {
+		p.turns()
+	}
 }
 
-// recover makes a panic of a conn's method the end of its pair, and not of the process.
-func (p *pair) recover(s Side) {
-	if v := recover(); v != nil {
-		p.report(event{kind: evReadErr, side: s, err: fmt.Errorf("%w: %v", ErrPanic, v)})
-	}
+// carry is copy, where a panic of a conn's method is the end of its pair, and not of the process.
+func (p *pair) carry(s Side) (e event) {
+	defer func() {
+		if v := recover(); v != nil {
+			e = event{kind: evReadErr, side: s, err: fmt.Errorf("%w: %v", ErrPanic, v)}
+		}
+	}()
+	return p.copy(s)
 }
 
 // copy returns how the direction from s ended.

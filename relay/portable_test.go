@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -407,4 +408,32 @@ func TestResultString(t *testing.T) {
 	if got := res.String(); !strings.Contains(got, "5 bytes eof") || !strings.Contains(got, "7 bytes read, first b, 1s") {
 		t.Error(got)
 	}
+}
+
+// A pair that only moves bytes has its two pumps, and nothing that waits beside them.
+func TestStartedPairHasOnlyItsPumps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		before := runtime.NumGoroutine()
+		client, ra := newHalfPipe()
+		rb, origin := newHalfPipe()
+		over := make(chan Result, 1)
+		p := new(Relay).Start(ra, rb, nil, func(res Result) { over <- res })
+		go io.WriteString(client, "hello")
+		read(t, origin, "hello")
+		synctest.Wait()
+		if n := runtime.NumGoroutine() - before; n != 2 {
+			t.Errorf("%d goroutines, want 2", n)
+		}
+		for range 2 * eventsMax {
+			p.Abort(nil)
+		}
+		if res := <-over; res.AToB.End != Canceled || res.BToA.End != Canceled {
+			t.Errorf("ended by %v and %v", res.AToB.End, res.BToA.End)
+		}
+		p.Abort(nil)
+		synctest.Wait()
+		if n := runtime.NumGoroutine() - before; n != 0 {
+			t.Errorf("%d goroutines are left", n)
+		}
+	})
 }
