@@ -414,7 +414,7 @@ func (s *datagramSession) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
-	s.queue.clear(&s.demux.held)
+	s.dropped += s.queue.clear(&s.demux.held)
 	s.ready.Broadcast()
 }
 
