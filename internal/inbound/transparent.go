@@ -246,14 +246,3 @@ func (t *transparent) isOwn(a netip.AddrPort) bool {
 	}
 	return false
 }
-
-// isOfThisMachine says whether an interface has the address.
-func isOfThisMachine(ip netip.Addr) bool {
-	addrs, _ := net.InterfaceAddrs()
-	for _, a := range addrs {
-		if n, ok := a.(*net.IPNet); ok && n.IP.Equal(net.IP(ip.AsSlice())) {
-			return true
-		}
-	}
-	return false
-}
