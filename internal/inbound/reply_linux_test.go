@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -65,6 +66,14 @@ func inNetwork(t *testing.T, f func()) {
 		if err != nil {
 			t.Error(err)
 			return
+		}
+		own, deadline := netip.MustParseAddr("fd01::1"), time.Now().Add(proxytest.Patience)
+		for !isOfThisMachine(own) { // it takes the kernel a moment
+			if time.Now().After(deadline) {
+				t.Error("the address does not come up")
+				return
+			}
+			time.Sleep(time.Millisecond)
 		}
 		f()
 	})

@@ -20,6 +20,9 @@ func (p *TProxy) listenPackets(ctx context.Context, at []netip.AddrPort) error {
 			return err
 		}
 		d := newDemux(&l, conn)
+		if len(p.t.packets) > 0 && p.MaxConns > 0 {
+			d.pool = p.t.packets[0].pool
+		}
 		d.local = sockopt.OriginalDstOf
 		d.dst = p.t.packetDst
 		d.answer = func(client, _ netip.AddrPort) answerer { return &replyAnswerer{sockets: replies, client: client} }
