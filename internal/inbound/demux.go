@@ -14,12 +14,20 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/relay"
 )
 
 // DefaultMaxDatagramSessions is how many clients a UDP listener serves at a time where MaxConns does not say.
 const DefaultMaxDatagramSessions = 16384
+
+// How many ICMP errors a demux sends, as Linux does: whoever forges sources must not have them flooded (RFC 1812 section 4.3.2.8).
+const (
+	icmpRate  = 1000 // a second
+	icmpBurst = 50
+)
 
 // The times of a demux.
 const (
@@ -60,6 +68,7 @@ type demux struct {
 	draining   bool
 
 	all     sync.WaitGroup
+	icmp    *rate.Limiter
 	held    atomic.Int64 // memory of the datagrams in queues
 	refused atomic.Int64 // datagrams of clients for whom there was no session
 
@@ -79,7 +88,7 @@ type sessionKey struct{ client, local netip.AddrPort }
 // newDemux returns a demux of what comes in at conn, which it closes.
 func newDemux(l *Listener, conn *net.UDPConn) *demux {
 	pool := newSlots(cmp.Or(l.MaxConns, DefaultMaxDatagramSessions))
-	return &demux{l: l, conn: conn, pool: pool, sessions: make(map[sessionKey]*datagramSession)}
+	return &demux{l: l, conn: conn, pool: pool, sessions: make(map[sessionKey]*datagramSession), icmp: rate.NewLimiter(icmpRate, icmpBurst)}
 }
 
 // Accept implements net.Listener: there are no conns.
@@ -387,7 +396,7 @@ func (s *datagramSession) hasAnswer() {
 
 // Refuse implements relay.Refuser, where there is a way to tell this client.
 func (s *datagramSession) Refuse(e relay.Endpoint, err error) {
-	if r, ok := s.answerer.(relay.Refuser); ok {
+	if r, ok := s.answerer.(relay.Refuser); ok && s.demux.icmp.Allow() {
 		r.Refuse(e, err)
 	}
 }
