@@ -200,11 +200,12 @@ func (p *packetPair) pass(s Side, ps []Packet) bool {
 		if err == nil {
 			continue
 		}
-		p.stats.dropped[s].Add(1)
 		if errors.Is(err, net.ErrClosed) {
+			p.stats.dropped[s].Add(int64(len(ps)))
 			p.end(s.other(), Read, err)
 			return false
 		}
+		p.stats.dropped[s].Add(1)
 		p.refuse(s.other(), ps[0].Endpoint, err)
 		ps = ps[1:]
 	}

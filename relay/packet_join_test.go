@@ -180,3 +180,28 @@ func TestPacketRateAndQuota(t *testing.T) {
 		}
 	})
 }
+
+// batchConn has all that waits at once.
+type batchConn struct{ *queueConn }
+
+func (c batchConn) ReadMore(ps []Packet) (n int) {
+	for n < len(ps) && len(c.in) > 0 {
+		ps[n] = <-c.in
+		n++
+	}
+	return n
+}
+
+// TestDatagramsOfABatchThatIsClosedCountAsDropped: all of those that could not be written any more.
+func TestDatagramsOfABatchThatIsClosedCountAsDropped(t *testing.T) {
+	st := new(PacketStats)
+	client, origin := newQueueConn(), newQueueConn()
+	origin.fail = net.ErrClosed
+	for range 5 {
+		client.in <- Packet{Endpoint: endpoint("192.0.2.1:1"), Data: []byte("x")}
+	}
+	new(Relay).JoinPackets(t.Context(), batchConn{client}, origin, st)
+	if n, _ := st.Dropped(); n != 5 {
+		t.Errorf("%d dropped, want 5", n)
+	}
+}

@@ -55,8 +55,12 @@ func (c *UDPConn) WritePacket(p *Packet) error {
 		return fmt.Errorf("relay: datagram to %v: the name is not resolved: %w", p.Endpoint, errors.ErrUnsupported)
 	}
 	err := c.send(p)
-	if err != nil && !errors.Is(err, net.ErrClosed) {
-		// It may be about a datagram before this one: the kernel tells the next call of what it hears.
+	for tries := 0; err != nil && (tries == 0 || tries < heardMost && isUnreachable(err)); tries++ {
+		if errors.Is(err, net.ErrClosed) {
+			break
+		}
+		// It may be about a datagram before this one: the kernel tells the next call of what it hears, and of the next thing
+		// that it has heard when the reader takes one out of its queue.
 		c.failed.Store(true)
 		err = c.send(p)
 	}
@@ -64,6 +68,14 @@ func (c *UDPConn) WritePacket(p *Packet) error {
 		err = fmt.Errorf("relay: datagram to %v: no such address from here: %w", p.Endpoint, syscall.EAFNOSUPPORT)
 	}
 	return err
+}
+
+// heardMost is how many errors of others a write may be told of before one is taken for its own.
+const heardMost = 16
+
+// isUnreachable says whether err can be what an ICMP message has said.
+func isUnreachable(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH)
 }
 
 func (c *UDPConn) send(p *Packet) (err error) {
@@ -91,7 +103,11 @@ func (c *UDPConn) WritePackets(ps []Packet) (n int, err error) {
 // sendBatch sends the first of ps at once, where that can be; it returns how many.
 func (c *UDPConn) sendBatch(ps []Packet) int {
 	n := SameSegments(ps)
-	if n < 2 || !ps[0].Endpoint.IP.IsValid() || !c.segments.WriteSegments(c.conn, ps[:n], ps[0].Endpoint.AddrPort(), nil) {
+	if n < 2 || !ps[0].Endpoint.IP.IsValid() {
+		return 0
+	}
+	if !c.segments.WriteSegments(c.conn, ps[:n], ps[0].Endpoint.AddrPort(), nil) {
+		c.failed.Store(true) // it may have taken an error, as WritePacket may
 		return 0
 	}
 	return n

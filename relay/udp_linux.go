@@ -97,7 +97,9 @@ func (c *UDPConn) ReadMore(ps []Packet) (n int) {
 		for ; n < len(ps); n++ {
 			size, errno := recvfrom(fd, large[:], &r.from)
 			if errno != 0 {
-				c.failed.Store(errno != unix.EAGAIN || c.failed.Load()) // ReadPacket finds it in the queue
+				if errno != unix.EAGAIN {
+					c.failed.Store(true) // ReadPacket finds it in the queue
+				}
 				break
 			}
 			copy(ps[n].Grow(size), large[:size])

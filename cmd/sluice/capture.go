@@ -46,6 +46,7 @@ With --setup the rules (nftables) and the routing are set up, and removed at exi
 crash the next start at the same port removes what is left, and so does sluice tproxy down.`,
 		Example: `  sluice tproxy 12345 --setup --via socks5://10.0.0.9:1080
   sluice tproxy 12345 --setup --from local,lan0 --exclude 192.168.0.0/16 --via ssh://bastion
+  sluice tproxy 12345 --setup --from lan0 --dns fake --via socks5://10.0.0.9:1080
   sluice tproxy 12345 --mark 7 --via socks5://10.0.0.9:1080   with rules of your own`,
 		Args:              wantArgs(1, "needs LISTEN (as in sluice tproxy 12345 --setup)"),
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -54,6 +55,7 @@ crash the next start at the same port removes what is left, and so does sluice t
 		},
 	}
 	o.addCapture(cmd.Flags())
+	o.addDNS(cmd.Flags(), ", or off (the default)")
 	o.addShared(cmd.Flags())
 	cmd.AddCommand(p.tproxyDownCommand())
 	return cmd

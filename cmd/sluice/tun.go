@@ -40,14 +40,19 @@ func (o *options) addTUN(fs *pflag.FlagSet) {
 	addNamespace(fs, &o.in.Netns)
 	fs.Var((*networksValue)(&o.in.Include), "include", "take in what goes to this `network` only; repeat for more")
 	fs.Var((*networksValue)(&o.in.Exclude), "exclude", "leave alone what goes to this `network`; repeat for more")
-	fs.Var(&textValue{&o.in.DNS}, "dns", "`how` names are resolved: fake (the last proxy does it), the address of a resolver that is asked\n"+
-		"through the proxy, fake,RESOLVER for what is not an address, or off")
+	o.addDNS(fs, ", or off")
 	fs.IntVar(&o.in.MTU, "mtu", 0, "`size` of the device's largest packet (default 1500)")
 	fs.Var((*wordValue)(&o.in.Name), "name", "`name` of the device (default "+tundev.DefaultName+")")
 	o.addRates(fs)
 	o.addDirect(fs)
 	o.addLimits(fs)
 	o.addRun(fs)
+}
+
+// addDNS adds the flag that says what becomes of DNS questions.
+func (o *options) addDNS(fs *pflag.FlagSet, off string) {
+	fs.Var(&textValue{&o.in.DNS}, "dns", "`how` names are resolved: fake (the last proxy does it), the address of a resolver that is asked\n"+
+		"through the proxy, fake,RESOLVER for what is not an address"+off)
 }
 
 func addNamespace(fs *pflag.FlagSet, name *string) {

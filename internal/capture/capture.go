@@ -42,6 +42,11 @@ type Capture struct {
 	UDP    bool     // with TPROXY: datagrams, too
 	From   []Source // empty: this machine
 
+	// DNS: with TPROXY also questions to name servers, over TCP and UDP, wherever they go. Exclude still counts.
+	DNS bool
+	// Fake are destinations that nobody has but who answers questions. With TPROXY both TCP and UDP to them are captured.
+	Fake []netip.Prefix
+
 	Include []netip.Prefix // destinations that are captured; empty: all
 	Exclude []netip.Prefix // those that are not, although included
 	Marks   []uint32       // of sockets that are not captured, beside Mark

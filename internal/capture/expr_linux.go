@@ -93,6 +93,14 @@ func syn() []expr.Any {
 	}
 }
 
+// toPort matches packets of TCP and UDP to a port.
+func toPort(port uint16) []expr.Any {
+	return []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		equals(binary.BigEndian.AppendUint16(nil, port)...),
+	}
+}
+
 // addressType matches destinations by what they are to this machine.
 func addressType(typ byte) []expr.Any {
 	return []expr.Any{

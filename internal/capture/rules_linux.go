@@ -95,8 +95,17 @@ func (b *builder) addFrom(c *nftables.Chain) {
 // kernel's table of connections, one from their midst.
 func (b *builder) begins(c *nftables.Chain, match []expr.Any) {
 	b.rule(c, match, protocol(unix.IPPROTO_TCP), syn(), jump(b.choose))
-	if b.TProxy && b.UDP {
+	switch {
+	case !b.TProxy:
+	case b.UDP:
 		b.rule(c, match, protocol(unix.IPPROTO_UDP), begun(), jump(b.choose))
+	default:
+		if b.DNS {
+			b.rule(c, match, protocol(unix.IPPROTO_UDP), toPort(53), begun(), jump(b.choose))
+		}
+		for _, p := range b.Fake {
+			b.rule(c, match, protocol(unix.IPPROTO_UDP), within(p, false), begun(), jump(b.choose))
+		}
 	}
 }
 
@@ -121,18 +130,32 @@ func (b *builder) addChoose(last ...expr.Any) {
 		suffix string
 	}{{unix.NFPROTO_IPV4, b.v4, "4"}, {unix.NFPROTO_IPV6, b.v6, "6"}} {
 		include, exclude := b.sets["include"+f.suffix], b.sets["exclude"+f.suffix]
-		if !f.to.IsValid() || len(b.Include) > 0 && include == nil {
+		if !f.to.IsValid() {
 			b.rule(b.choose, nfproto(f.proto), leave)
 			continue
 		}
 		if exclude != nil {
 			b.rule(b.choose, nfproto(f.proto), inSet(exclude, false), leave)
 		}
-		if include != nil {
+		if b.DNS && len(b.Include) > 0 {
+			b.rule(b.choose, nfproto(f.proto), toPort(53), last, leave)
+		}
+		switch {
+		case include != nil:
 			b.rule(b.choose, nfproto(f.proto), inSet(include, true), leave)
+		case len(b.Include) > 0:
+			b.rule(b.choose, nfproto(f.proto), leave)
 		}
 	}
 	b.rule(b.choose, last)
+}
+
+// included returns the destinations that are captured; empty: all.
+func (b *builder) included() []netip.Prefix {
+	if len(b.Include) == 0 {
+		return nil
+	}
+	return slices.Concat(b.Include, b.Fake)
 }
 
 // addSets adds the sets of networks that are not empty.
@@ -144,7 +167,7 @@ func (b *builder) addSets() {
 		v6       bool
 		key      nftables.SetDatatype
 	}{
-		{"include4", b.Include, false, nftables.TypeIPAddr}, {"include6", b.Include, true, nftables.TypeIP6Addr},
+		{"include4", b.included(), false, nftables.TypeIPAddr}, {"include6", b.included(), true, nftables.TypeIP6Addr},
 		{"exclude4", b.Exclude, false, nftables.TypeIPAddr}, {"exclude6", b.Exclude, true, nftables.TypeIP6Addr},
 	} {
 		all := spans(s.prefixes, s.v6)

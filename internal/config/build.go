@@ -207,8 +207,11 @@ func (b *builder) inbound(in *Inbound, path string) Bound {
 	if in.Setup {
 		b.capture(in, part, way.Dialer)
 	}
-	if t, ok := part.(*netstack.TUN); ok {
+	switch t := part.(type) {
+	case *netstack.TUN:
 		b.tun(in, t, &bound)
+	case *inbound.TProxy:
+		b.names(in, &bound, t.HasIPv6)
 	}
 	return bound
 }

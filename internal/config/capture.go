@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/sluice-proxy/sluice/internal/capture"
+	"github.com/sluice-proxy/sluice/internal/dns"
 	"github.com/sluice-proxy/sluice/internal/inbound"
 	"github.com/sluice-proxy/sluice/internal/proxy"
 )
@@ -106,6 +107,11 @@ func (b *builder) capture(in *Inbound, part proxy.Inbound, way proxy.Dialer) {
 	case *inbound.Redirect:
 		p.Capture = k
 	case *inbound.TProxy:
+		mode, _, _ := dns.ParseMode(string(in.DNS))
+		if k.DNS = mode != dns.Off; mode == dns.Fake {
+			v4, v6 := dns.Prefixes()
+			k.Fake = []netip.Prefix{v4, v6}
+		}
 		_, carries := way.(proxy.PacketDialer)
 		if k.TProxy, k.UDP = true, carries || len(b.rules) > 0; !k.UDP && b.log != nil {
 			b.log.Warn("UDP is left alone: the way out cannot carry it", "inbound", in.Name)

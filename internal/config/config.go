@@ -101,7 +101,7 @@ type Inbound struct {
 
 	Netns string `yaml:"netns"` // network namespace of a tun; empty: the program's
 	MTU   int    `yaml:"mtu"`   // of its device
-	DNS   DNS    `yaml:"dns"`   // what becomes of DNS questions in it
+	DNS   DNS    `yaml:"dns"`   // what becomes of DNS questions that a tun or tproxy takes
 
 	RatePerSession  Rate `yaml:"rate-per-session"`  // what each direction of a session may pass on; 0: no limit
 	Rate            Rate `yaml:"rate"`              // what all sessions may pass on, both directions; 0: no limit

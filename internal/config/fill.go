@@ -115,6 +115,9 @@ func (c *Config) fillInbound(l *errorList, in *Inbound, path string, outboundsSo
 	if t.isTransparent() {
 		in.checkCapture(l, path)
 	}
+	if t.has("dns") { // of a tun, fillTUN has set it
+		setDefault(&in.DNS, "off")
+	}
 	users := in.UsersFile != "" || in.UsersEnv != "" || l.src.has(path+".users-file") || l.src.has(path+".users-env")
 	switch listen := proxy.Addr(in.Listen); {
 	case !t.isProxy():

@@ -78,7 +78,7 @@ func (b *builder) tun(in *Inbound, t *netstack.TUN, bound *Bound) {
 	if in.Netns == "" {
 		t.Setup.Marks = b.marks()
 	}
-	mode, resolver, _ := dns.ParseMode(string(in.DNS)) // Fill has read it
+	mode := b.names(in, bound, t.HasIPv6)
 	if mode == dns.Off {
 		return
 	}
@@ -86,10 +86,18 @@ func (b *builder) tun(in *Inbound, t *netstack.TUN, bound *Bound) {
 	if v4, v6 := dns.Prefixes(); mode == dns.Fake && len(in.Include) > 0 {
 		t.Setup.Include = slices.Concat(t.Setup.Include, []netip.Prefix{v4, v6})
 	}
-	router, log := bound.Router, b.log
-	bound.Front = func(next proxy.Handler) proxy.Handler {
-		return &dns.Handler{Next: next, Mode: mode, Resolver: resolver, Router: router, NoIPv6: !t.HasIPv6(), Log: log}
+}
+
+// names has the DNS questions that bound takes in answered as in says. hasIPv6 is asked once it listens.
+func (b *builder) names(in *Inbound, bound *Bound, hasIPv6 func() bool) dns.Mode {
+	mode, resolver, _ := dns.ParseMode(string(in.DNS)) // Fill has read it
+	if mode != dns.Off {
+		router, log := bound.Router, b.log
+		bound.Front = func(next proxy.Handler) proxy.Handler {
+			return &dns.Handler{Next: next, Mode: mode, Resolver: resolver, Router: router, NoIPv6: !hasIPv6(), Log: log}
+		}
 	}
+	return mode
 }
 
 // undone undoes what a tun has changed of the network also where its sessions do not end.

@@ -8,7 +8,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/sluice-proxy/sluice/internal/capture"
 	"github.com/sluice-proxy/sluice/internal/dns"
+	"github.com/sluice-proxy/sluice/internal/inbound"
 	"github.com/sluice-proxy/sluice/internal/netstack"
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/tundev"
@@ -102,6 +104,36 @@ func TestTUNErrors(t *testing.T) {
 	}
 	_, err := Load("s.yaml", []byte("inbounds: [{type: mixed, listen: 1, netns: lab}]"))
 	if err == nil || !strings.Contains(err.Error(), "inbounds[0].netns: does not apply to type mixed") {
+		t.Error(err)
+	}
+}
+
+// TestTProxyNames: a tproxy that has dns has its questions answered, and all that belongs to them captured.
+func TestTProxyNames(t *testing.T) {
+	fake4, fake6 := dns.Prefixes()
+	for _, tt := range []struct {
+		keys string
+		mode dns.Mode
+		fake []netip.Prefix
+	}{
+		{"", dns.Off, nil}, {", dns: off", dns.Off, nil}, {", dns: 1.1.1.1", dns.Hijack, nil},
+		{", dns: fake", dns.Fake, []netip.Prefix{fake4, fake6}}, {", dns: 'fake,1.1.1.1'", dns.Fake, []netip.Prefix{fake4, fake6}},
+	} {
+		b := build(t, t.TempDir(), "inbounds: [{type: tproxy, listen: 1, setup: true, via: ['http://p:1']"+tt.keys+"}]", nil)[0]
+		k := b.Inbound.(*inbound.TProxy).Capture.(*capture.Capture)
+		if k.DNS != (tt.mode != dns.Off) || !slices.Equal(k.Fake, tt.fake) || k.UDP {
+			t.Errorf("%s: captured %+v", tt.keys, k)
+		}
+		if (b.Front != nil) != (tt.mode != dns.Off) {
+			t.Errorf("%s: in front is %v", tt.keys, b.Front != nil)
+		} else if b.Front != nil {
+			if h := b.Front(nil).(*dns.Handler); h.Mode != tt.mode || h.Router == nil {
+				t.Errorf("%s: in front is %+v", tt.keys, h.Mode)
+			}
+		}
+	}
+	if _, err := Load("s.yaml", []byte("inbounds: [{type: redirect, listen: 1, dns: fake}]")); err == nil ||
+		!strings.Contains(err.Error(), "inbounds[0].dns: does not apply to type redirect") {
 		t.Error(err)
 	}
 }

@@ -17,7 +17,7 @@ var inboundTypes = []inboundType{
 	{"mixed", mixed, "", portKeys + " " + usersKeys},
 	{"reverse", reverse, "to via", ""},
 	{"redirect", redirect, "", captureKeys},
-	{"tproxy", tproxy, "", captureKeys},
+	{"tproxy", tproxy, "", captureKeys + " dns"},
 	{"tun", tun, "", "netns include exclude mtu dns"},
 }
 

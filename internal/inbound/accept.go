@@ -50,6 +50,7 @@ type Listener struct {
 	Log              *slog.Logger  // nil: silent
 
 	control sockopt.Control // options of the listening socket; nil: none
+	pool    *slots          // that of another listener, whose sessions count as ours do; nil: its own
 	s       *listening      // nil before Listen
 }
 
@@ -59,7 +60,7 @@ type listening struct {
 	// silent: there is no handshake, so that conns need not be read, and are Sockets.
 	silent bool
 	log    *slog.Logger
-	slots  slots
+	slots  *slots
 	all    sync.WaitGroup
 	lines  atomic.Int32 // that wait to be logged
 	done   func()       // finish: made once
@@ -114,8 +115,9 @@ func (l *Listener) listenOn(ln net.Listener) {
 		shaking: make(map[*client]struct{}),
 	}
 	l.s.done = l.s.finish
-	l.s.slots.max = l.MaxConns
-	l.s.slots.freed = make(chan struct{}, 1)
+	if l.s.slots = l.pool; l.s.slots == nil {
+		l.s.slots = newSlots(l.MaxConns)
+	}
 }
 
 // silent says, after Listen, that the protocol has no handshake: its conns are neither read nor written before
@@ -325,9 +327,31 @@ type slots struct {
 	max   int           // 0: no limit
 	freed chan struct{} // gets a value when there is a slot again after there was none
 
-	mu     sync.Mutex
-	used   int
-	resume func() // called when there is a slot again after there was none; may be nil
+	mu    sync.Mutex
+	used  int
+	gates []*relay.Acceptor // those that pause while there is no slot
+}
+
+func newSlots(most int) *slots { return &slots{max: most, freed: make(chan struct{}, 1)} }
+
+// addGate has a paused whenever there is no slot.
+func (s *slots) addGate(a *relay.Acceptor) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gates = append(s.gates, a)
+}
+
+// pauseFull pauses all gates if there is no slot, and says whether that is so.
+func (s *slots) pauseFull() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.max == 0 || s.used < s.max {
+		return false
+	}
+	for _, a := range s.gates {
+		a.Pause()
+	}
+	return true
 }
 
 func (s *slots) take() bool {
@@ -347,12 +371,6 @@ func (s *slots) force() {
 	s.used++
 }
 
-func (s *slots) full() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.max > 0 && s.used >= s.max
-}
-
 func (s *slots) release() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -364,8 +382,8 @@ func (s *slots) release() {
 	case s.freed <- struct{}{}:
 	default:
 	}
-	if s.resume != nil {
-		s.resume()
+	for _, a := range s.gates {
+		a.Resume()
 	}
 }
 

@@ -1,6 +1,7 @@
 package inbound
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,12 +14,20 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/relay"
 )
 
 // DefaultMaxDatagramSessions is how many clients a UDP listener serves at a time where MaxConns does not say.
 const DefaultMaxDatagramSessions = 16384
+
+// How many ICMP errors a demux sends, as Linux does: whoever forges sources must not have them flooded (RFC 1812 section 4.3.2.8).
+const (
+	icmpRate  = 1000 // a second
+	icmpBurst = 50
+)
 
 // The times of a demux.
 const (
@@ -40,6 +49,7 @@ const (
 type demux struct {
 	l    *Listener // for its name, log, and whom it lets in
 	conn *net.UDPConn
+	pool *slots // of sessions; may be another's
 
 	// local says to which address a datagram with these control messages was sent.
 	local func(oob []byte) netip.AddrPort
@@ -53,11 +63,12 @@ type demux struct {
 	mu         sync.Mutex
 	sessions   map[sessionKey]*datagramSession
 	unanswered sessionList // those of sessions whose client has had no datagram yet, oldest first
-	live       int         // handlers that run, also those of sessions that were closed
+	live       int         // handlers that run, each of which has a slot, also those of sessions that were closed
 	serving    bool
 	draining   bool
 
 	all     sync.WaitGroup
+	icmp    *rate.Limiter
 	held    atomic.Int64 // memory of the datagrams in queues
 	refused atomic.Int64 // datagrams of clients for whom there was no session
 
@@ -76,7 +87,8 @@ type sessionKey struct{ client, local netip.AddrPort }
 
 // newDemux returns a demux of what comes in at conn, which it closes.
 func newDemux(l *Listener, conn *net.UDPConn) *demux {
-	return &demux{l: l, conn: conn, sessions: make(map[sessionKey]*datagramSession)}
+	pool := newSlots(cmp.Or(l.MaxConns, DefaultMaxDatagramSessions))
+	return &demux{l: l, conn: conn, pool: pool, sessions: make(map[sessionKey]*datagramSession), icmp: rate.NewLimiter(icmpRate, icmpBurst)}
 }
 
 // Accept implements net.Listener: there are no conns.
@@ -215,13 +227,13 @@ func (d *demux) admit(key sessionKey, local netip.AddrPort) *datagramSession {
 	if d.draining {
 		return nil
 	}
-	if most := d.most(); d.live >= most {
+	if !d.pool.take() {
 		// Who was never answered may be nobody: give its place to the next that asks. The handler needs a moment to end.
 		if s := d.unanswered.first; s != nil && d.live == len(d.sessions) && time.Since(s.start) >= answerWait {
 			s.evict(errEvicted)
 		}
 		if d.full.begins() {
-			d.log().Warn("new clients are not served: as many sessions as there may be", "max-conns", most)
+			d.log().Warn("new clients are not served: as many sessions as there may be", "max-conns", d.pool.max)
 		}
 		return nil
 	}
@@ -232,14 +244,6 @@ func (d *demux) admit(key sessionKey, local netip.AddrPort) *datagramSession {
 	d.live++
 	d.all.Add(1)
 	return s
-}
-
-// most returns how many sessions there may be.
-func (d *demux) most() int {
-	if d.l.MaxConns > 0 {
-		return d.l.MaxConns
-	}
-	return DefaultMaxDatagramSessions
 }
 
 // remove takes s out: the next datagram of its client begins another session.
@@ -317,6 +321,7 @@ func (s *datagramSession) ended() {
 	s.demux.mu.Lock()
 	defer s.demux.mu.Unlock()
 	s.demux.live--
+	s.demux.pool.release()
 }
 
 // push leaves a datagram in the queue, or drops it where that is full. Who waits for it is still to be woken.
@@ -391,7 +396,7 @@ func (s *datagramSession) hasAnswer() {
 
 // Refuse implements relay.Refuser, where there is a way to tell this client.
 func (s *datagramSession) Refuse(e relay.Endpoint, err error) {
-	if r, ok := s.answerer.(relay.Refuser); ok {
+	if r, ok := s.answerer.(relay.Refuser); ok && s.demux.icmp.Allow() {
 		r.Refuse(e, err)
 	}
 }
@@ -414,7 +419,7 @@ func (s *datagramSession) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
-	s.queue.clear(&s.demux.held)
+	s.dropped += s.queue.clear(&s.demux.held)
 	s.ready.Broadcast()
 }
 

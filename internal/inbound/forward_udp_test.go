@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"runtime"
@@ -213,7 +214,7 @@ func TestQueueIsBoundedInBytes(t *testing.T) {
 	for q.push(relay.Endpoint{}, big, &held) {
 		n++
 	}
-	if n != queueMemory/(64<<10) || held.Load() != queueMemory {
+	if n != queueMemory/(64<<10) || n*len(big) < 3<<20 || held.Load() != queueMemory {
 		t.Errorf("%d datagrams, %d bytes", n, held.Load())
 	}
 	held.Store(allQueues)
@@ -224,6 +225,69 @@ func TestQueueIsBoundedInBytes(t *testing.T) {
 	held.Store(allQueues)
 	if q.push(relay.Endpoint{}, nil, &held) {
 		t.Error("more than all queues may hold")
+	}
+}
+
+// TestQueueTakesAPause: who is not scheduled for a while loses nothing of a fast sender.
+func TestQueueTakesAPause(t *testing.T) {
+	var q datagramQueue
+	var held atomic.Int64
+	const datagrams = 500e6 / 8 * 40 / 1000 / 1400 // of 40 ms
+	data := make([]byte, 1400)
+	for i := range int(math.Round(datagrams)) {
+		if !q.push(relay.Endpoint{}, data, &held) {
+			t.Fatalf("dropped datagram %d", i)
+		}
+	}
+	q.clear(&held)
+}
+
+// TestForgedSourcesTakeBoundedMemory: any number of sessions that nobody reads hold no more than there is for all, and a few leave room
+// for one that is read.
+func TestForgedSourcesTakeBoundedMemory(t *testing.T) {
+	var held atomic.Int64
+	queues := make([]datagramQueue, 1000)
+	for _, size := range []int{1, 60_000} {
+		data := make([]byte, size)
+		for i := range queues {
+			for queues[i].push(relay.Endpoint{}, data, &held) {
+			}
+			if held.Load() > allQueues {
+				t.Fatalf("%d queues hold %d bytes", i+1, held.Load())
+			}
+			var read datagramQueue
+			if i == 16 && !read.push(relay.Endpoint{}, []byte("hello"), &held) {
+				t.Errorf("%d queues leave no room for another", i+1)
+			}
+			read.clear(&held)
+		}
+		for i := range queues {
+			queues[i].clear(&held)
+		}
+		if held.Load() != 0 {
+			t.Fatalf("%d bytes are left", held.Load())
+		}
+	}
+}
+
+// TestQueueThatIsClosedCountsAsDropped: what a session has not read when it ends is lost.
+func TestQueueThatIsClosedCountsAsDropped(t *testing.T) {
+	began, release := make(chan relay.PacketConn, 1), make(chan struct{})
+	h := packetHandler(func(_ context.Context, c relay.PacketConn) { began <- c; <-release })
+	f := udpForward("127.0.0.1:0", "192.0.2.1:1000")
+	c := dialUDP(t, startInbound(t, f, h))
+	const sent = 5
+	for range sent {
+		c.Write([]byte("x"))
+	}
+	s := (<-began).(*datagramSession)
+	proxytest.Until(t, "all are in the queue", func() bool {
+		return f.packets.held.Load() == sent*relay.PacketMemory(1)
+	})
+	s.Close()
+	close(release)
+	if n := s.Dropped(); n != sent {
+		t.Errorf("%d dropped, want %d", n, sent)
 	}
 }
 

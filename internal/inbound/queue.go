@@ -7,9 +7,13 @@ import (
 )
 
 // The bounds on what waits for sessions that are slow to take it. What does not fit is dropped, as on any congested link.
+//
+// One session has room for some 50 ms of 500 Mbit/s, for as long as a busy machine may leave its goroutine alone. All of a demux
+// together have no more than allQueues, however many there are and whoever makes them up: sources can be forged. A session may hold no more than is
+// free of that, so that a few that are not read leave room for the others.
 const (
-	queueDatagrams = 512      // of one session
-	queueMemory    = 1 << 20  // of one session
+	queueDatagrams = 2048     // of one session
+	queueMemory    = 4 << 20  // of one session, as PacketMemory counts it
 	allQueues      = 64 << 20 // of all sessions of a demux
 )
 
@@ -25,7 +29,7 @@ func (q *datagramQueue) empty() bool { return q.head == len(q.packets) }
 // push copies a datagram into the queue, and adds its memory to held. It returns false where there is no room.
 func (q *datagramQueue) push(to relay.Endpoint, data []byte, held *atomic.Int64) bool {
 	n := relay.PacketMemory(len(data))
-	if len(q.packets)-q.head >= queueDatagrams || q.memory+n > queueMemory || held.Load()+n > allQueues {
+	if len(q.packets)-q.head >= queueDatagrams || q.memory+n > min(queueMemory, allQueues-held.Load()) {
 		return false
 	}
 	if q.head > 0 && len(q.packets) == cap(q.packets) {
@@ -58,11 +62,12 @@ func (q *datagramQueue) pop(held *atomic.Int64) relay.Packet {
 	return p
 }
 
-// clear drops all.
-func (q *datagramQueue) clear(held *atomic.Int64) {
-	for !q.empty() {
+// clear drops all, and returns how many there were.
+func (q *datagramQueue) clear(held *atomic.Int64) (dropped int64) {
+	for ; !q.empty(); dropped++ {
 		p := q.pop(held)
 		p.Free()
 	}
 	q.packets = nil
+	return dropped
 }

@@ -3,16 +3,20 @@ package inbound
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/proxytest"
+	"github.com/sluice-proxy/sluice/relay"
 )
 
 // recordingCapture says what was asked of it.
@@ -97,6 +101,71 @@ func TestRedirectCaptureFails(t *testing.T) {
 	unix := &Redirect{Listener: Listener{Addr: proxy.Addr{Network: "unix", Host: "@x"}}}
 	if err := unix.Listen(t.Context()); !errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("at a Unix socket: %v", err)
+	}
+}
+
+// countingHandler carries each stream until its client closes it, and says how many there were at a time.
+type countingHandler struct {
+	noPackets
+	now, most atomic.Int32
+	began     chan struct{}
+}
+
+type noPackets struct{}
+
+func (noPackets) HandlePackets(context.Context, proxy.Flow, relay.PacketConn) {}
+
+func (h *countingHandler) HandleStream(_ context.Context, _ proxy.Flow, p proxy.Pending) {
+	if n := h.now.Add(1); n > h.most.Load() {
+		h.most.Store(n)
+	}
+	h.began <- struct{}{}
+	if c, _, err := p.Accept(); err == nil {
+		io.Copy(io.Discard, c)
+		c.Close()
+	}
+	h.now.Add(-1)
+	p.Done()
+}
+
+// TestMaxConnsIsOfTheInbound: IPv4 and IPv6 clients of an inbound count together, whichever of its listeners they come to.
+func TestMaxConnsIsOfTheInbound(t *testing.T) {
+	proxytest.NoLeaks(t)
+	const most, clients = 2, 8
+	h := &countingHandler{began: make(chan struct{}, clients)}
+	r := &Redirect{Listener: Listener{Addr: proxy.TCP("127.0.0.1", 0), MaxConns: most}}
+	if err := r.Listen(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.t.destination = func(*client) (netip.AddrPort, error) { return netip.MustParseAddrPort("192.0.2.1:80"), nil }
+	ended := make(chan error, 1)
+	go func() { ended <- r.Serve(context.Background(), h) }()
+	var conns []net.Conn
+	for i := range clients {
+		c, err := net.Dial("tcp", r.t.at[i%len(r.t.at)].String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		conns = append(conns, c)
+	}
+	for i := range clients {
+		<-h.began
+		if i >= most-1 {
+			time.Sleep(20 * time.Millisecond) // for one too many to be seen
+		}
+		if i == most-1 {
+			for _, c := range conns { // as each ends another begins
+				c.Close()
+			}
+		}
+	}
+	r.Close()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if n := h.most.Load(); n > most+1 { // both listeners may have accepted for the last slot
+		t.Errorf("%d clients at a time", n)
 	}
 }
 

@@ -38,9 +38,7 @@ func (l *Listener) serveSockets(ctx context.Context, handle func(context.Context
 		return false
 	}
 	srv.acceptor = a
-	s.slots.mu.Lock()
-	s.slots.resume = a.Resume
-	s.slots.mu.Unlock()
+	s.slots.addGate(a)
 	a.Resume()
 	<-s.closed
 	a.Close()
@@ -54,13 +52,8 @@ func (srv *socketServer) take(conn *relay.Socket) {
 	s := srv.s
 	srv.accepted()
 	s.slots.force() // accepting pauses where there is none, but another loop may have been about to accept
-	if s.slots.full() {
-		srv.acceptor.Pause()
-		if !s.slots.full() { // freed meanwhile, which found nothing to resume
-			srv.acceptor.Resume()
-		} else {
-			s.sayFull()
-		}
+	if s.slots.pauseFull() {
+		s.sayFull()
 	}
 	c := srv.admit(conn)
 	if c == nil {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
@@ -48,9 +49,14 @@ type association struct {
 	peer   relay.Endpoint // the same with its port, once that is known
 	first  relay.Packet   // the one that came before the handler, with Data until it is read
 	out    relay.Packet   // of WritePacket alone
+
+	dropped atomic.Int64 // fragments and what is malformed, of the client
 }
 
-var _ relay.PacketConn = (*association)(nil)
+var (
+	_ relay.PacketConn = (*association)(nil)
+	_ relay.Dropper    = (*association)(nil)
+)
 
 // newAssociation opens a socket at the address that the client has connected to, which it can reach.
 func newAssociation(ctx context.Context, c *client, req socks5.Request) (*association, error) {
@@ -112,10 +118,14 @@ func (a *association) ReadPacket(p *relay.Packet) error {
 				p.Endpoint, p.Data = relay.Endpoint(to), data
 				return nil
 			}
+			a.dropped.Add(1)
 		}
 		p.Free()
 	}
 }
+
+// Dropped implements relay.Dropper.
+func (a *association) Dropped() int64 { return a.dropped.Load() }
 
 // isClient says whether a datagram from e is the client's.
 func (a *association) isClient(e relay.Endpoint) bool {

@@ -151,6 +151,27 @@ func TestAssociateDrops(t *testing.T) {
 	})
 }
 
+// TestFragmentsCountAsDropped: the log tells of datagrams of the client that go nowhere.
+func TestFragmentsCountAsDropped(t *testing.T) {
+	proxytest.NoLeaks(t)
+	dropped := make(chan int64, 1)
+	h := packetHandler(func(_ context.Context, c relay.PacketConn) {
+		echoPackets(c)
+		dropped <- c.(relay.Dropper).Dropped()
+	})
+	a := newAssociated(t, serveSOCKS5(t, &SOCKS5{}, h), socks5.Client{}, 0)
+	to := socks5.Place{IP: netip.MustParseAddr("192.0.2.1"), Port: 1000}
+	a.send(a.udp, datagram(to, "first"))
+	a.send(a.udp, []byte("\x00\x00\x01\x01\x7f\x00\x00\x01\x00\x35fragment"))
+	a.send(a.udp, datagram(to, "second"))
+	a.receive()
+	a.receive()
+	a.control.Close()
+	if n := <-dropped; n != 1 {
+		t.Errorf("%d dropped, want 1", n)
+	}
+}
+
 // Any place may answer, not only those that were asked: full cone.
 func TestAssociateFullCone(t *testing.T) {
 	proxytest.NoLeaks(t)

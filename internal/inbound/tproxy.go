@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"runtime"
+	"slices"
 	"syscall"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
@@ -42,6 +43,11 @@ func (p *TProxy) Listen(ctx context.Context) error {
 		err = &bindError{"tproxy needs the capability CAP_NET_ADMIN: run as root, or `setcap cap_net_admin+ep` on the program", err}
 	}
 	return err
+}
+
+// HasIPv6 says whether p listens for IPv6, once it listens.
+func (p *TProxy) HasIPv6() bool {
+	return slices.ContainsFunc(p.t.at, func(a netip.AddrPort) bool { return !a.Addr().Unmap().Is4() })
 }
 
 // options are those of all sockets that face clients.

@@ -105,7 +105,7 @@ func (t *transparent) addTwin(ctx context.Context, l *Listener) error {
 		return nil // localhost, without IPv4
 	}
 	twin := *l
-	twin.s = nil
+	twin.s, twin.pool = nil, l.s.slots
 	twin.Addr = proxy.TCP("::1", at.Port())
 	err := t.add(ctx, &twin)
 	if errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EAFNOSUPPORT) {
@@ -184,14 +184,17 @@ func (t *transparent) close() error {
 
 func (t *transparent) serveListener(ctx context.Context, h proxy.Handler, l *Listener) error {
 	handle := func(ctx context.Context, c *client) { t.serveClient(ctx, h, c) }
-	if q, ok := h.(proxy.NowHandler); ok {
-		now := func(ctx context.Context, c *client) bool {
-			f, ok := t.flow(c)
-			return !ok || q.HandleStreamNow(ctx, f, &forwardPending{c, 0})
+	q, _ := h.(proxy.NowHandler)
+	now := func(ctx context.Context, c *client) bool {
+		if q == nil {
+			return false
 		}
-		if l.serveSockets(ctx, handle, now) {
-			return nil
-		}
+		f, ok := t.flow(c)
+		return !ok || q.HandleStreamNow(ctx, f, &forwardPending{c, 0})
+	}
+	// It pauses where the pool is empty, where serve would keep a slot for its next client from the other listener.
+	if l.serveSockets(ctx, handle, now) {
+		return nil
 	}
 	return l.serve(ctx, handle)
 }
@@ -241,17 +244,6 @@ func (t *transparent) isOwn(a netip.AddrPort) bool {
 		case b.Addr().Unmap() == a.Addr():
 			return true
 		case b.Addr().IsUnspecified() && (a.Addr().IsLoopback() || isOfThisMachine(a.Addr())):
-			return true
-		}
-	}
-	return false
-}
-
-// isOfThisMachine says whether an interface has the address.
-func isOfThisMachine(ip netip.Addr) bool {
-	addrs, _ := net.InterfaceAddrs()
-	for _, a := range addrs {
-		if n, ok := a.(*net.IPNet); ok && n.IP.Equal(net.IP(ip.AsSlice())) {
 			return true
 		}
 	}

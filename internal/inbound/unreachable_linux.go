@@ -3,6 +3,7 @@ package inbound
 import (
 	"encoding/binary"
 	"net/netip"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -33,7 +34,8 @@ func sockaddr(ip netip.Addr) unix.Sockaddr {
 	if ip.Is4() {
 		return &unix.SockaddrInet4{Addr: ip.As4()}
 	}
-	return &unix.SockaddrInet6{Addr: ip.As16()}
+	zone, _ := strconv.ParseUint(ip.Zone(), 10, 32) // as batchReader writes it
+	return &unix.SockaddrInet6{Addr: ip.As16(), ZoneId: uint32(zone)}
 }
 
 // The codes of "destination unreachable", RFC 792, RFC 1812 section 5.2.7.1 and RFC 4443 section 3.1.
@@ -42,6 +44,7 @@ var unreachableCodes = map[proxy.Reason]struct{ v4, v6 byte }{
 	proxy.HostUnreachable: {1, 3},
 	proxy.NoHost:          {1, 3},
 	proxy.Refused:         {3, 4},
+	proxy.Unsupported:     {3, 4}, // so that the client tries another way, and does not wait
 	proxy.Denied:          {13, 1},
 }
 

@@ -77,7 +77,10 @@ type member struct {
 	latency time.Duration // of checks, smoothed; 0: unknown
 }
 
-var _ proxy.PacketDialer = (*Group)(nil)
+var (
+	_ proxy.PacketDialer = (*Group)(nil)
+	_ proxy.Binder       = (*Group)(nil)
+)
 
 // DialStream implements [proxy.Dialer]. The conn is the member's own. The error names the members that were tried and has
 // the reason of the last.
@@ -95,6 +98,35 @@ func (g *Group) DialPackets(ctx context.Context, dst proxy.Addr) (relay.PacketCo
 		}
 		return nil, fmt.Errorf("carries no datagrams: %w", errors.ErrUnsupported)
 	})
+}
+
+// Bind implements [proxy.Binder], with the members that do. The listener is the member's own.
+func (g *Group) Bind(ctx context.Context, from proxy.Addr) (net.Listener, error) {
+	// Time is short for the members to listen, and not for the stream to come.
+	trying, cancel := context.WithTimeoutCause(ctx, proxy.DefaultDialTimeout, context.DeadlineExceeded)
+	defer cancel()
+	return tryMembers(trying, g, packetVerdictOf, func(attempt context.Context, d proxy.Dialer) (net.Listener, error) {
+		if b, ok := d.(proxy.Binder); ok {
+			return bindWithin(ctx, attempt, b, from)
+		}
+		return nil, fmt.Errorf("cannot wait for streams: %w", errors.ErrUnsupported)
+	})
+}
+
+// bindWithin has b listen before the attempt is over. The listener ends with ctx.
+func bindWithin(ctx, attempt context.Context, b proxy.Binder, from proxy.Addr) (net.Listener, error) {
+	listening, cancel := context.WithCancelCause(ctx) // ends with ctx, as the listener does
+	stop := context.AfterFunc(attempt, func() { cancel(context.Cause(attempt)) })
+	ln, err := b.Bind(listening, from)
+	if err == nil && !stop() {
+		ln.Close()
+		ln, err = nil, fmt.Errorf("no answer: %w", context.Cause(attempt))
+	}
+	if err != nil {
+		stop()
+		cancel(err)
+	}
+	return ln, err
 }
 
 // tryMembers dials through one member after the other, as far as judge says of the error of each.

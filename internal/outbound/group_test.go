@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"syscall"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/proxytest"
+	"github.com/sluice-proxy/sluice/internal/socks5"
 	"github.com/sluice-proxy/sluice/relay"
 )
 
@@ -448,6 +450,65 @@ func TestGroupDialPackets(t *testing.T) {
 	if tries, err := dial(t, none, a); tries != "1" || err != nil {
 		t.Errorf("what carries no datagrams is down for streams: %s, %v", tries, err)
 	}
+}
+
+// silentBinder is a member that never says whether it listens.
+type silentBinder struct{ scripted }
+
+func (*silentBinder) Bind(ctx context.Context, _ proxy.Addr) (net.Listener, error) {
+	<-ctx.Done()
+	return nil, context.Cause(ctx)
+}
+
+// TestGroupBinds: a group hands the wait for a stream on to a member that can, and its listener ends with the context, and not before.
+func TestGroupBinds(t *testing.T) {
+	proxytest.NoLeaks(t)
+	for name, first := range map[string]proxy.Dialer{
+		"streams only": &scripted{}, "refuses": &SOCKS5{Server: proxytest.Listen(t, "tcp", socks5Server(socks5.NotAllowed, "", nil)).Addr},
+	} {
+		g := &Group{Name: "g", Members: []Member{{"first", first}, {"direct", &Direct{BindAddr: netip.MustParseAddr("127.0.0.1")}}}}
+		ctx, cancel := context.WithCancel(t.Context())
+		ln, err := g.Bind(ctx, proxy.TCP("127.0.0.1", 9))
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		c, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		came, err := ln.Accept()
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		came.Close()
+		c.Close()
+		cancel()
+		if _, err := ln.Accept(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("%s: after its context: %v", name, err)
+		}
+		ln.Close()
+		if _, up := g.order(); up != 2 {
+			t.Errorf("%s: what cannot wait for streams is down for others", name)
+		}
+	}
+	none := &Group{Name: "g", Members: []Member{{"a", &scripted{}}}}
+	if _, err := none.Bind(t.Context(), proxy.TCP("127.0.0.1", 9)); proxy.ReasonOf(err) != proxy.Unsupported {
+		t.Error(err)
+	}
+}
+
+// TestGroupBindGoesOnToTheNext: a member that does not answer has its share of the time only.
+func TestGroupBindGoesOnToTheNext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &Group{Name: "g", Members: []Member{{"silent", &silentBinder{}}, {"silent too", &silentBinder{}}}}
+		ctx, cancel := context.WithTimeout(t.Context(), proxy.DefaultBindTimeout)
+		defer cancel()
+		begin := time.Now()
+		_, err := g.Bind(ctx, proxy.TCP("192.0.2.1", 9))
+		if took := time.Since(begin); proxy.ReasonOf(err) != proxy.Timeout || took != proxy.DefaultDialTimeout {
+			t.Errorf("%v after %v", err, took)
+		}
+	})
 }
 
 // TestVerdicts: real hops and real destinations, and what their errors say.

@@ -228,6 +228,39 @@ func TestSOCKS5PacketsTakesOnlyTheRelays(t *testing.T) {
 	c.Close() // also without its proxy's doing
 }
 
+// onePacket yields the packets it holds, and then the end.
+type onePacket struct {
+	relay.PacketConn
+	left []relay.Packet
+}
+
+func (c *onePacket) ReadPacket(p *relay.Packet) error {
+	if len(c.left) == 0 {
+		return io.EOF
+	}
+	*p, c.left = c.left[0], c.left[1:]
+	return nil
+}
+
+// TestSOCKS5RelayWithANameHasOnePort: what comes from another port than that of the relay is of somebody else.
+func TestSOCKS5RelayWithANameHasOnePort(t *testing.T) {
+	data := func(s string) []byte {
+		b, _ := socks5.AppendDatagram(nil, socks5.Place{IP: netip.MustParseAddr("192.0.2.9"), Port: 53}, []byte(s))
+		return b
+	}
+	from := func(port uint16) relay.Endpoint {
+		return relay.Endpoint{IP: netip.MustParseAddr("192.0.2.1"), Port: port}
+	}
+	c := &socks5Packets{
+		PacketConn: &onePacket{left: []relay.Packet{{Endpoint: from(1), Data: data("forged")}, {Endpoint: from(1080), Data: data("good")}}},
+		relay:      relay.Endpoint{Name: "relay.example", Port: 1080},
+	}
+	var p relay.Packet
+	if err := c.ReadPacket(&p); err != nil || string(p.Data) != "good" {
+		t.Errorf("%q, %v", p.Data, err)
+	}
+}
+
 func TestSOCKS5PacketsEndWithTheAssociation(t *testing.T) {
 	proxytest.NoLeaks(t)
 	for name, end := range map[string]func(net.Conn, *net.UDPConn){

@@ -79,12 +79,17 @@ func (c *socks5Packets) ReadPacket(p *relay.Packet) error {
 			return c.readError(err)
 		}
 		from, data, err := socks5.ParseDatagram(p.Data)
-		if err == nil && (p.Endpoint.SamePlace(c.relay) || !c.relay.IP.IsValid()) {
+		if err == nil && c.isRelay(p.Endpoint) {
 			p.Endpoint, p.Data = relay.Endpoint(from), data
 			return nil
 		}
 		p.Free()
 	}
+}
+
+// isRelay says whether e is the relay. Where that has a name, which somebody else resolves, any address may be its, but no other port.
+func (c *socks5Packets) isRelay(e relay.Endpoint) bool {
+	return e.SamePlace(c.relay) || !c.relay.IP.IsValid() && e.Port == c.relay.Port
 }
 
 func (c *socks5Packets) readError(err error) error {
