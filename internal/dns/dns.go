@@ -23,6 +23,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -91,6 +92,8 @@ type Handler struct {
 	slots chan struct{} // questions that the resolver is asked, at a time
 	names names
 	up    upstream
+
+	queued atomic.Int64 // bytes in the queues of all lanes
 
 	unknown, crowded, full, failing episode
 }

@@ -5,7 +5,6 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/relay"
@@ -19,15 +18,15 @@ type lane struct {
 	fake netip.Addr // the zero Addr for the lane of true addresses
 	name *entry     // held
 
-	queue chan relay.Packet // what the session hands out
-	over  chan struct{}
-	once  sync.Once
+	first bool // of the session
+	alone bool // it reads the client's conn itself; for who reads the lane
 
-	first   bool         // of the session
-	dropped atomic.Int64 // by the queue
-
-	mu    sync.Mutex
-	ports map[uint16]bool // of the name, that the client has sent to
+	mu      sync.Mutex
+	ports   map[uint16]bool // of the name, that the client has sent to
+	ready   sync.Cond       // something is in the queue, or over
+	queue   packetQueue     // what the session has handed out
+	dropped int64           // by the queue
+	over    bool
 }
 
 var (
@@ -35,6 +34,7 @@ var (
 
 	_ relay.PacketConn = (*lane)(nil)
 	_ relay.Refuser    = (*lane)(nil)
+	_ relay.Dropper    = (*lane)(nil)
 )
 
 // lane returns the lane of datagrams to e. A new one, but for a session's first, gets its goroutine.
@@ -50,7 +50,8 @@ func (s *session) lane(e relay.Endpoint) (*lane, error) {
 	case len(s.lanes) >= lanesMax:
 		return nil, errLanes
 	}
-	l := &lane{s: s, flow: s.flow, fake: key, over: make(chan struct{})}
+	l := &lane{s: s, flow: s.flow, fake: key}
+	l.ready.L = &l.mu
 	l.flow.Dst = proxy.UDP(e.Host(), e.Port)
 	if s.flow.Local == s.flow.Dst.Endpoint().AddrPort() { // an inbound that takes what is for others
 		l.flow.Local = e.AddrPort()
@@ -64,9 +65,8 @@ func (s *session) lane(e relay.Endpoint) (*lane, error) {
 		l.ports = make(map[uint16]bool)
 	}
 	s.lanes[key] = l
-	l.first = !s.pumping
+	l.first, l.alone = !s.pumping, !s.pumping
 	if s.pumping {
-		l.queue = make(chan relay.Packet, laneQueue)
 		s.all.Go(func() { defer s.h.recovered(); l.run() })
 	}
 	return l, nil
@@ -95,38 +95,38 @@ func (l *lane) leave() {
 		delete(s.lanes, l.fake)
 	}
 	s.mu.Unlock()
-	for l.queue != nil {
-		select {
-		case p := <-l.queue:
-			p.Free()
-			continue
-		default:
-		}
-		break
-	}
 	if l.name != nil {
 		s.h.names.release(l.name)
 	}
 	s.closeIfDone()
 }
 
-func (l *lane) stop() { l.once.Do(func() { close(l.over) }) }
-
-// put queues p, which is dropped where the queue is full, and takes its memory.
-func (l *lane) put(p *relay.Packet) {
-	select {
-	case l.queue <- *p:
-		*p = relay.Packet{}
-	default:
-		l.dropped.Add(1)
-	}
+// stop ends the lane. What waits in it is dropped.
+func (l *lane) stop() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.over = true
+	l.dropped += l.queue.clear(&l.s.memory)
+	l.ready.Broadcast()
 }
 
-// Dropped returns how many datagrams there was no room for. What the client's conn has dropped counts for the first
-// lane.
+// put queues p, whose memory it takes, or drops it where there is no room.
+func (l *lane) put(p *relay.Packet) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over || !l.queue.push(p, &l.s.memory) {
+		l.dropped++
+		return
+	}
+	l.ready.Signal()
+}
+
+// Dropped implements relay.Dropper. What the client's conn has dropped counts for the first lane.
 func (l *lane) Dropped() int64 {
-	n := l.dropped.Load()
-	if d, ok := l.s.conn.(interface{ Dropped() int64 }); ok && l.first {
+	l.mu.Lock()
+	n := l.dropped
+	l.mu.Unlock()
+	if d, ok := l.s.conn.(relay.Dropper); ok && l.first {
 		n += d.Dropped()
 	}
 	return n
@@ -134,7 +134,7 @@ func (l *lane) Dropped() int64 {
 
 // ReadPacket implements relay.PacketConn: the client's next datagram for the lane, as to the name.
 func (l *lane) ReadPacket(p *relay.Packet) error {
-	for l.queue == nil { // the lane is alone
+	for l.alone {
 		if err := l.s.conn.ReadPacket(p); err != nil {
 			return err
 		}
@@ -148,31 +148,35 @@ func (l *lane) ReadPacket(p *relay.Packet) error {
 		l.s.dispatch(p)
 		l.s.all.Go(func() { defer l.s.h.recovered(); l.s.pump() })
 	}
-	select {
-	case <-l.over:
-		return net.ErrClosed
-	case next := <-l.queue:
-		p.Free()
-		*p = next
-		l.toName(p)
-		return nil
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.queue.empty() && !l.over {
+		l.ready.Wait()
 	}
+	if l.over {
+		return net.ErrClosed
+	}
+	p.Free()
+	*p = l.queue.pop(&l.s.memory)
+	l.toNameLocked(p)
+	return nil
 }
 
 // owns says whether datagrams to e are the lane's.
 func (l *lane) owns(e relay.Endpoint) bool { return !isQuestion(e) && l.s.key(e) == l.fake }
 
-// share prepares the session for more than this lane. It returns false where the lane is closed.
+// share prepares the session for more than this lane. It returns false where the lane is closed; then what was read
+// is dropped.
 func (l *lane) share() bool {
 	l.s.mu.Lock()
 	defer l.s.mu.Unlock()
-	select {
-	case <-l.over:
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over {
+		l.dropped++
 		return false
-	default:
 	}
-	l.queue = make(chan relay.Packet, laneQueue)
-	l.s.pumping = true
+	l.alone, l.s.pumping = false, true
 	return true
 }
 
@@ -190,13 +194,19 @@ func (l *lane) Close() error {
 
 // toName makes p one that is for the name.
 func (l *lane) toName(p *relay.Packet) {
-	if l.name == nil {
-		return
-	}
 	l.mu.Lock()
-	l.ports[p.Endpoint.Port] = true
-	l.mu.Unlock()
-	p.Endpoint = relay.Endpoint{Name: l.name.name, Port: p.Endpoint.Port}
+	defer l.mu.Unlock()
+	l.toNameLocked(p)
+}
+
+func (l *lane) toNameLocked(p *relay.Packet) {
+	if l.name != nil {
+		if len(l.ports) >= portsMax {
+			clear(l.ports)
+		}
+		l.ports[p.Endpoint.Port] = true
+		p.Endpoint = relay.Endpoint{Name: l.name.name, Port: p.Endpoint.Port}
+	}
 }
 
 // fromFake returns where a datagram from e, or a refusal of e, is to come from for the client. The name's own address

@@ -15,7 +15,7 @@ import (
 const (
 	questionIdle = 5 * time.Second // how long a session that only asked is kept for more
 	lanesMax     = 256             // of a session
-	laneQueue    = 64              // datagrams
+	portsMax     = 1024            // of a name that are kept; then those before are forgotten
 )
 
 // session is the datagrams of one client. They go to where they are for: questions are answered here, those to one
@@ -33,7 +33,8 @@ type session struct {
 	asks       context.Context // of the questions; ends with the client's conn
 	cancelAsks context.CancelFunc
 
-	out sync.Mutex // one datagram is written at a time
+	memory memory     // of what the lanes' queues hold
+	out    sync.Mutex // one datagram is written at a time
 
 	mu      sync.Mutex
 	lanes   map[netip.Addr]*lane // by fake address; the rest at the zero Addr
@@ -53,6 +54,7 @@ func (h *Handler) HandlePackets(ctx context.Context, f proxy.Flow, c relay.Packe
 	}
 	h.begin()
 	s := &session{h: h, ctx: ctx, flow: f, conn: c, lanes: make(map[netip.Addr]*lane)}
+	s.memory.all = &h.queued
 	s.asks, s.cancelAsks = context.WithCancel(ctx)
 	defer s.end()
 	defer context.AfterFunc(ctx, s.close)()
