@@ -463,6 +463,10 @@ func (c *client) refusal(e relay.Endpoint) error {
 // serve has h handle c, whose first datagram goes to dst. The function that it returns closes c and waits for the
 // session's end.
 func serve(t testing.TB, h *Handler, c *client, dst string) (end func()) {
+	return serveConn(t, h, c, dst)
+}
+
+func serveConn(t testing.TB, h *Handler, c relay.PacketConn, dst string) (end func()) {
 	over := make(chan struct{})
 	ctx := t.Context()
 	go func() { h.HandlePackets(ctx, flowTo(dst), c); close(over) }()

@@ -35,6 +35,9 @@ var (
 	_ relay.PacketConn = (*lane)(nil)
 	_ relay.Refuser    = (*lane)(nil)
 	_ relay.Dropper    = (*lane)(nil)
+
+	_ relay.BatchReader = (*lane)(nil)
+	_ relay.BatchWriter = (*lane)(nil)
 )
 
 // lane returns the lane of datagrams to e. A new one, but for a session's first, gets its goroutine.
@@ -146,7 +149,7 @@ func (l *lane) ReadPacket(p *relay.Packet) error {
 			return net.ErrClosed
 		}
 		l.s.dispatch(p)
-		l.s.all.Go(func() { defer l.s.h.recovered(); l.s.pump() })
+		l.s.startPump()
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -160,6 +163,47 @@ func (l *lane) ReadPacket(p *relay.Packet) error {
 	*p = l.queue.pop(&l.s.memory)
 	l.toNameLocked(p)
 	return nil
+}
+
+// ReadMore implements relay.BatchReader.
+func (l *lane) ReadMore(ps []relay.Packet) (n int) {
+	if l.alone {
+		return l.readMoreAlone(ps)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for ; n < len(ps) && !l.queue.empty(); n++ {
+		ps[n] = l.queue.pop(&l.s.memory)
+		l.toNameLocked(&ps[n])
+	}
+	return n
+}
+
+// readMoreAlone is ReadMore of the client's conn. With the first datagram that is not the lane's, it is not alone any
+// more; those behind it in ps are still its own.
+func (l *lane) readMoreAlone(ps []relay.Packet) (kept int) {
+	conn, ok := l.s.conn.(relay.BatchReader)
+	if !ok {
+		return 0
+	}
+	n := conn.ReadMore(ps)
+	for i := range ps[:n] {
+		p := &ps[i]
+		if l.owns(p.Endpoint) {
+			l.toName(p)
+			ps[kept], *p = *p, ps[kept]
+			kept++
+			continue
+		}
+		if !l.alone || l.share() {
+			l.s.dispatch(p)
+		}
+		p.Free()
+	}
+	if !l.alone {
+		l.s.startPump()
+	}
+	return kept
 }
 
 // owns says whether datagrams to e are the lane's.
@@ -230,6 +274,31 @@ func (l *lane) WritePacket(p *relay.Packet) error {
 	err := l.s.write(p)
 	p.Endpoint = from
 	return err
+}
+
+// WritePackets implements relay.BatchWriter: at a time it takes those of ps that are from one place.
+func (l *lane) WritePackets(ps []relay.Packet) (n int, err error) {
+	conn, ok := l.s.conn.(relay.BatchWriter)
+	if !ok {
+		if err := l.WritePacket(&ps[0]); err != nil {
+			return 0, err
+		}
+		return 1, nil
+	}
+	from := ps[0].Endpoint
+	known := l.fromFake(from)
+	same := 0
+	for same < len(ps) && ps[same].Endpoint == from {
+		ps[same].Endpoint = known
+		same++
+	}
+	l.s.out.Lock()
+	n, err = conn.WritePackets(ps[:same])
+	l.s.out.Unlock()
+	for i := range ps[:same] {
+		ps[i].Endpoint = from
+	}
+	return n, err
 }
 
 // Refuse implements relay.Refuser.

@@ -126,6 +126,11 @@ func (s *session) keep() {
 // isQuestion says whether datagrams to e are DNS.
 func isQuestion(e relay.Endpoint) bool { return e.Port == Port }
 
+// startPump starts pump, for a session whose first lane is not alone any more.
+func (s *session) startPump() {
+	s.all.Go(func() { defer s.h.recovered(); s.pump() })
+}
+
 // pump hands out what the client sends.
 func (s *session) pump() {
 	defer s.close()
