@@ -93,8 +93,8 @@ func headerOf(msg []byte, flags byte) []byte {
 	return b
 }
 
-// fake returns the answer to q that needs no resolver, or nil.
-func (h *Handler) fake(q *question) *dns.Msg {
+// fake returns the answer to q, which the client asks, that needs no resolver; or nil.
+func (h *Handler) fake(q *question, client netip.AddrPort) *dns.Msg {
 	if opt := q.msg.IsEdns0(); opt != nil && opt.Version() != 0 {
 		return q.refusal(dns.RcodeBadVers)
 	}
@@ -104,7 +104,7 @@ func (h *Handler) fake(q *question) *dns.Msg {
 	}
 	switch asked.Qtype {
 	case dns.TypeA, dns.TypeAAAA, dns.TypeANY, dns.TypeHTTPS, dns.TypeSVCB:
-		return h.fakeHost(q, asked)
+		return h.fakeHost(q, asked, client)
 	case dns.TypePTR:
 		return h.fakeReverse(q, asked)
 	}
@@ -113,7 +113,7 @@ func (h *Handler) fake(q *question) *dns.Msg {
 
 // fakeHost answers for a name's addresses. HTTPS and SVCB records would hold addresses and keys that go past the
 // name's: there are none.
-func (h *Handler) fakeHost(q *question, asked dns.Question) *dns.Msg {
+func (h *Handler) fakeHost(q *question, asked dns.Question, client netip.AddrPort) *dns.Msg {
 	m := q.refusal(dns.RcodeSuccess)
 	name, ok := hostName(asked.Name)
 	last := name[strings.LastIndexByte(name, '.')+1:]
@@ -129,10 +129,11 @@ func (h *Handler) fakeHost(q *question, asked dns.Question) *dns.Msg {
 	case asked.Qtype == dns.TypeHTTPS || asked.Qtype == dns.TypeSVCB:
 		return m
 	default:
-		i, err := h.names.number(name)
+		i, err := h.names.number(name, client)
 		if err != nil {
 			if h.full.begins() {
-				h.log.Warn("a name got no address", "err", err, "name", name)
+				h.log.Warn("a name got no address", "err", err, "name", name, "client", client.Addr(),
+					"hint", "an address is used again only when it was not used for "+nameKept.String())
 			}
 			m.Rcode = dns.RcodeServerFailure
 			return m
@@ -178,7 +179,7 @@ func (h *Handler) fakeReverse(q *question, asked dns.Question) *dns.Msg {
 	if !isFake(ip) {
 		return nil
 	}
-	name, ok := h.names.lookup(ip)
+	name, ok := h.names.peek(ip)
 	if !ok {
 		return q.refusal(dns.RcodeNameError)
 	}

@@ -127,7 +127,7 @@ func (h *Handler) NameOf(ip netip.Addr) (name string, ok bool) {
 	if h.Mode != Fake {
 		return "", false
 	}
-	return h.names.lookup(ip)
+	return h.names.lookup(ip, netip.AddrPort{})
 }
 
 // HandleStream implements [proxy.Handler]. In Fake, a stream to port 53 is accepted, and its questions answered; in
@@ -180,7 +180,7 @@ func (h *Handler) translate(f proxy.Flow, p proxy.Pending) (proxy.Flow, kind) {
 	if h.Mode != Fake || !isFake(f.Dst.IP()) {
 		return f, isOther
 	}
-	name, ok := h.names.lookup(f.Dst.IP())
+	name, ok := h.names.lookup(f.Dst.IP(), f.Client)
 	if !ok {
 		return f, isUnknown
 	}

@@ -192,60 +192,6 @@ func TestBadQuestions(t *testing.T) {
 
 func whole16(b []byte) uint16 { return uint16(b[0])<<8 | uint16(b[1]) }
 
-func TestNamesKeepTheirAddresses(t *testing.T) {
-	n := &names{max: 3, fixed: true}
-	number := func(name string) int {
-		t.Helper()
-		i, err := n.number(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return i
-	}
-	a, b, c := number("a"), number("b"), number("c")
-	if a == b || b == c || a == c || number("a") != a || number("b") != b {
-		t.Fatalf("numbers %d %d %d", a, b, c)
-	}
-	if name, ok := n.lookup(fakeIP6(c)); name != "c" || !ok { // c is used, a is the oldest
-		t.Errorf("c is %q", name)
-	}
-	if d := number("d"); d != a {
-		t.Errorf("d got %d, not that of a", d)
-	}
-	if name, _ := n.lookup(fakeIP4(a)); name != "d" {
-		t.Errorf("a's address is that of %q", name)
-	}
-
-	// b is the oldest now. Held, it stays.
-	held, ok := n.hold(fakeIP4(b))
-	again, _ := n.hold(fakeIP4(b))
-	if !ok || held != again || held.name != "b" {
-		t.Fatalf("held %v %v", held, again)
-	}
-	if e := number("e"); e != c {
-		t.Errorf("e got %d, not that of c", e)
-	}
-	for _, ip := range []netip.Addr{fakeIP4(a), fakeIP4(c)} {
-		if _, ok := n.hold(ip); !ok {
-			t.Errorf("%v is not known", ip)
-		}
-	}
-	if i, err := n.number("f"); !errors.Is(err, errNamesFull) {
-		t.Errorf("f got %d, %v", i, err)
-	}
-	n.release(held)
-	if _, err := n.number("f"); !errors.Is(err, errNamesFull) {
-		t.Errorf("b is held still, and f got its number")
-	}
-	n.release(again)
-	if f := number("f"); f != b || number("f") != f {
-		t.Error("f did not get the number of b, which is free again")
-	}
-	if len(n.byName) != 3 || len(n.byNum) != 3 {
-		t.Errorf("%d names and %d numbers", len(n.byName), len(n.byNum))
-	}
-}
-
 func TestAddressesOfNumbers(t *testing.T) {
 	for _, i := range []int{0, 1, 255, namesMax - 1} {
 		if numberOf(fakeIP4(i)) != i || numberOf(fakeIP6(i)) != i || !isFake(fakeIP4(i)) || !isFake(fakeIP6(i)) {
@@ -261,17 +207,6 @@ func TestAddressesOfNumbers(t *testing.T) {
 	if numberOf(netip.Addr{}) != -1 {
 		t.Error("the zero Addr has a number")
 	}
-}
-
-func TestFullTableIsAFailure(t *testing.T) {
-	h := &Handler{names: names{fixed: true}, Next: noHandler{t}}
-	h.names.max = 1
-	ask(t, h, newQuestion("a.example.", dns.TypeA))
-	e, _ := h.names.hold(fakeIP4(0))
-	if m := ask(t, h, newQuestion("b.example.", dns.TypeA)); m.Rcode != dns.RcodeServerFailure {
-		t.Errorf("answer: %v", m)
-	}
-	h.names.release(e)
 }
 
 // fakeOf returns the address that h gives name.
@@ -528,17 +463,5 @@ func TestAddressesOfTwoRunsDiffer(t *testing.T) {
 	}
 	if len(seen) == 1 {
 		t.Errorf("three handlers gave their first name the same address: %v", seen)
-	}
-}
-
-func TestNumbersWrapAround(t *testing.T) {
-	n := &names{max: 2, byName: map[string]*entry{}, byNum: map[int]*entry{}, start: namesMax - 1}
-	a, _ := n.number("a")
-	b, _ := n.number("b")
-	if a != namesMax-1 || b != 0 {
-		t.Errorf("numbers %d, %d", a, b)
-	}
-	if name, ok := n.lookup(fakeIP4(b)); name != "b" || !ok {
-		t.Errorf("b is %q", name)
 	}
 }

@@ -3,16 +3,17 @@ package dns
 import (
 	"context"
 	"fmt"
+	"net/netip"
 
 	"github.com/miekg/dns"
 
 	"github.com/sluice-proxy/sluice/internal/proxy"
 )
 
-// now returns the answer to q that needs no waiting; nil where the resolver is to be asked.
-func (h *Handler) now(q *question) []byte {
+// now returns the answer to q, which the client asks, that needs no waiting; nil where the resolver is to be asked.
+func (h *Handler) now(q *question, client netip.AddrPort) []byte {
 	if h.Mode == Fake {
-		if m := h.fake(q); m != nil {
+		if m := h.fake(q, client); m != nil {
 			return pack(m)
 		}
 		if !h.asksResolver() {

@@ -61,7 +61,7 @@ func (s *session) lane(e relay.Endpoint) (*lane, error) {
 	}
 	if key.IsValid() {
 		var ok bool
-		if l.name, ok = s.h.names.hold(key); !ok {
+		if l.name, ok = s.h.names.hold(key, s.flow.Client); !ok {
 			return nil, errUnknown
 		}
 		l.flow.Dst.Host = l.name.name

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"sync"
+	"time"
 )
 
 // Prefixes returns the ranges that fake addresses are of: 198.18.0.0/15, which RFC 2544 sets aside for measurements
@@ -20,8 +21,9 @@ var (
 )
 
 const (
-	namesMax  = 1 << 16 // names that have addresses at a time
-	firstFake = 16      // of a range
+	namesMax  = 1 << 16     // names that have addresses at a time
+	nameKept  = time.Minute // how long a name keeps its addresses, since its last use, though others need them
+	firstFake = 16          // of a range
 )
 
 // isFake says whether ip is of the ranges for fake addresses.
@@ -58,7 +60,12 @@ func numberOf(ip netip.Addr) int {
 }
 
 // names knows which names have which numbers: each name one, and each number one name at most. Where there are too
-// many, the one that was used longest ago loses its number to the new one, unless it is held.
+// many, the one that was used longest ago loses its number to the new one. But a name that was used within nameKept is
+// fresh and keeps it, as one that is held does: a program may still have the address that it was told, though
+// answers are to be kept for fakeTTL only, and it must not come to lead to a name of somebody else's choice.
+//
+// A fresh name counts for the client that used it last. No client gets a name that would have it use more than it
+// leaves for the others.
 //
 // The first number is random: an address that a program has kept from an earlier run is better one that is unknown
 // than one of another name.
@@ -69,29 +76,49 @@ type names struct {
 	mu     sync.Mutex
 	byName map[string]*entry // nil before the first
 	byNum  map[int]*entry
-	start  int       // the first number
-	unheld list.List // of *entry, used last first
+	users  map[netip.Prefix]int // fresh and held names, by who used them last
+	start  int                  // the first number
+	fresh  list.List            // of *entry that are not held, used last first; some may be so no more
+	stale  list.List            // the same of those that may lose their numbers
 }
 
 type entry struct {
 	name   string
 	number int
 	holds  int
-	place  *list.Element // in unheld; nil while held
+	place  *list.Element // in fresh or stale; nil while held
+	stale  bool
+	used   time.Time
+	user   netip.Prefix
 }
 
-var errNamesFull = errors.New("dns: all fake addresses are in use")
+var (
+	errNamesFull = errors.New("dns: all fake addresses are in use")
+	errNamesMany = errors.New("dns: the client uses too many fake addresses")
+)
 
-// number returns the number of name, which is in lower case and without the last dot.
-func (n *names) number(name string) (int, error) {
+// userOf returns what a client is counted as: an IPv4 address, or the IPv6 network that a host may choose addresses in.
+func userOf(client netip.AddrPort) netip.Prefix {
+	ip, bits := client.Addr().Unmap(), 32
+	if ip.Is6() {
+		bits = 64
+	}
+	user, _ := ip.Prefix(bits) // the zero Prefix for who has no address
+	return user
+}
+
+// number returns the number of name, which is in lower case and without the last dot, for a client that asks.
+func (n *names) number(name string, client netip.AddrPort) (int, error) {
+	user := userOf(client)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if e := n.byName[name]; e != nil {
-		n.used(e)
+		n.use(e, user)
 		return e.number, nil
 	}
 	if n.byName == nil {
 		n.byName, n.byNum = make(map[string]*entry), make(map[int]*entry)
+		n.users = make(map[netip.Prefix]int)
 		if !n.fixed {
 			n.start = rand.IntN(namesMax)
 		}
@@ -100,66 +127,115 @@ func (n *names) number(name string) (int, error) {
 	if limit == 0 {
 		limit = namesMax
 	}
-	e := &entry{name: name, number: (n.start + len(n.byNum)) % namesMax}
+	n.age()
+	switch free := limit - len(n.byNum) + n.stale.Len(); {
+	case free == 0:
+		return 0, errNamesFull
+	case n.users[user] >= free:
+		return 0, errNamesMany
+	}
+	e := &entry{name: name, number: (n.start + len(n.byNum)) % namesMax, used: time.Now(), user: user}
 	if len(n.byNum) >= limit {
-		oldest := n.unheld.Back()
-		if oldest == nil {
-			return 0, errNamesFull
-		}
-		old := n.unheld.Remove(oldest).(*entry)
+		old := n.stale.Remove(n.stale.Back()).(*entry)
 		delete(n.byName, old.name)
 		e.number = old.number
 	}
 	n.byName[name], n.byNum[e.number] = e, e
-	e.place = n.unheld.PushFront(e)
+	e.place = n.fresh.PushFront(e)
+	n.users[user]++
 	return e.number, nil
 }
 
-func (n *names) used(e *entry) {
-	if e.place != nil {
-		n.unheld.MoveToFront(e.place)
+// age finds the names that are not fresh any more.
+func (n *names) age() {
+	now := time.Now()
+	for back := n.fresh.Back(); back != nil; back = n.fresh.Back() {
+		e := back.Value.(*entry)
+		if now.Sub(e.used) < nameKept {
+			return
+		}
+		n.fresh.Remove(back)
+		e.place, e.stale = n.stale.PushFront(e), true
+		n.unuse(e.user)
 	}
 }
 
-// find returns the entry of the name that ip stands for, or nil. The lock is held.
-func (n *names) find(ip netip.Addr) *entry {
+// use says that the user uses e, which is fresh then.
+func (n *names) use(e *entry, user netip.Prefix) {
+	e.used = time.Now()
+	if e.stale {
+		n.stale.Remove(e.place)
+		e.place, e.stale = n.fresh.PushFront(e), false
+	} else {
+		if e.place != nil {
+			n.fresh.MoveToFront(e.place)
+		}
+		if e.user == user {
+			return
+		}
+		n.unuse(e.user)
+	}
+	e.user = user
+	n.users[user]++
+}
+
+// unuse undoes the count of one name for a user.
+func (n *names) unuse(user netip.Prefix) {
+	if n.users[user]--; n.users[user] == 0 {
+		delete(n.users, user)
+	}
+}
+
+// find returns the entry of the name that ip stands for, which the client uses, or nil. The lock is held.
+func (n *names) find(ip netip.Addr, client netip.AddrPort) *entry {
 	e := n.byNum[numberOf(ip)]
 	if e != nil {
-		n.used(e)
+		n.use(e, userOf(client))
 	}
 	return e
 }
 
-// lookup returns the name that ip stands for.
-func (n *names) lookup(ip netip.Addr) (string, bool) {
+// peek returns the name that ip stands for, which is no use of it.
+func (n *names) peek(ip netip.Addr) (string, bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if e := n.find(ip); e != nil {
+	if e := n.byNum[numberOf(ip)]; e != nil {
+		return e.name, true
+	}
+	return "", false
+}
+
+// lookup returns the name that ip stands for, for a client that uses it.
+func (n *names) lookup(ip netip.Addr, client netip.AddrPort) (string, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if e := n.find(ip, client); e != nil {
 		return e.name, true
 	}
 	return "", false
 }
 
 // hold is lookup, and keeps the name's number from being given to another until release.
-func (n *names) hold(ip netip.Addr) (*entry, bool) {
+func (n *names) hold(ip netip.Addr, client netip.AddrPort) (*entry, bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	e := n.find(ip)
+	e := n.find(ip, client)
 	if e == nil {
 		return nil, false
 	}
 	if e.holds++; e.holds == 1 {
-		n.unheld.Remove(e.place)
+		n.fresh.Remove(e.place)
 		e.place = nil
 	}
 	return e, true
 }
 
-// release undoes a hold.
+// release undoes a hold, and was a use until now.
 func (n *names) release(e *entry) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if e.holds--; e.holds == 0 {
-		e.place = n.unheld.PushFront(e)
+		e.used = time.Now()
+		e.place = n.fresh.PushFront(e)
 	}
 }

@@ -180,7 +180,7 @@ func (s *session) question(p *relay.Packet) {
 	case q == nil || s.h.ctx.Err() != nil:
 		return
 	}
-	if b := s.h.now(q); b != nil {
+	if b := s.h.now(q, s.flow.Client); b != nil {
 		s.reply(p.Endpoint, b)
 		return
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"syscall"
@@ -192,7 +193,7 @@ func TestSessionsEndInTime(t *testing.T) {
 				h := &Handler{names: names{fixed: true}, Next: &proxy.Engine{Router: proxy.Static{Dialer: new(packets)}}}
 				h.begin()
 				for _, name := range []string{"a.example", "b.example"} {
-					if _, err := h.names.number(name); err != nil {
+					if _, err := h.names.number(name, netip.AddrPort{}); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -221,7 +222,7 @@ func TestContextEndsSessions(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			h := &Handler{names: names{fixed: true}, Next: &proxy.Engine{Router: proxy.Static{Dialer: new(packets)}}}
 			h.begin()
-			h.names.number("a.example")
+			h.names.number("a.example", netip.AddrPort{})
 			ctx, cancel := context.WithCancel(t.Context())
 			c := newClient()
 			c.send(to, mustPack(t, newQuestion("b.example.", dns.TypeA)))
@@ -239,7 +240,7 @@ func TestAbortEndsQuestionsOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &Handler{names: names{fixed: true}, Next: &proxy.Engine{Router: proxy.Static{Dialer: new(packets)}}}
 		h.begin()
-		h.names.number("a.example")
+		h.names.number("a.example", netip.AddrPort{})
 		query := mustPack(t, newQuestion("b.example.", dns.TypeA))
 		asks, sends, both := newClient(), newClient(), newClient()
 		var all sync.WaitGroup
@@ -313,7 +314,7 @@ func TestTooManyLanesAreRefused(t *testing.T) {
 	h := &Handler{names: names{fixed: true}, Next: new(proxytest.RecordingHandler)}
 	h.begin()
 	for i := range lanesMax + 1 {
-		h.names.number(fmt.Sprintf("h%d.example", i))
+		h.names.number(fmt.Sprintf("h%d.example", i), netip.AddrPort{})
 	}
 	c := newClient()
 	defer serve(t, h, c, "198.18.0.16:9")()

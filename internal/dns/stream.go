@@ -82,7 +82,7 @@ func (s *stream) read(ctx context.Context, r *bufio.Reader) error {
 		}
 		if m != nil {
 			s.answers <- pack(m)
-		} else if b := s.h.now(q); b != nil {
+		} else if b := s.h.now(q, s.flow.Client); b != nil {
 			s.answers <- b
 		} else {
 			s.asking.Go(func() { s.resolve(ctx, q) })
