@@ -94,8 +94,9 @@ type Handler struct {
 	up    upstream
 
 	queued atomic.Int64 // bytes in the queues of all lanes
+	lanes  atomic.Int64 // of all sessions, but for one of each
 
-	unknown, crowded, full, failing episode
+	unknown, crowded, full, failing, scattered episode
 }
 
 var _ proxy.NowHandler = (*Handler)(nil)

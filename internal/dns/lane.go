@@ -30,7 +30,7 @@ type lane struct {
 }
 
 var (
-	errLanes = errors.New("dns: the client sends to too many names at a time")
+	errLanes = errors.New("dns: clients send to too many names at a time")
 
 	_ relay.PacketConn = (*lane)(nil)
 	_ relay.Refuser    = (*lane)(nil)
@@ -50,7 +50,7 @@ func (s *session) lane(e relay.Endpoint) (*lane, error) {
 		return l, nil
 	case s.over:
 		return nil, net.ErrClosed
-	case len(s.lanes) >= lanesMax:
+	case !s.takeLane():
 		return nil, errLanes
 	}
 	l := &lane{s: s, flow: s.flow, fake: key}
@@ -62,6 +62,7 @@ func (s *session) lane(e relay.Endpoint) (*lane, error) {
 	if key.IsValid() {
 		var ok bool
 		if l.name, ok = s.h.names.hold(key, s.flow.Client); !ok {
+			s.freeLane()
 			return nil, errUnknown
 		}
 		l.flow.Dst.Host = l.name.name
@@ -73,6 +74,29 @@ func (s *session) lane(e relay.Endpoint) (*lane, error) {
 		s.all.Go(func() { defer s.h.recovered(); l.run() })
 	}
 	return l, nil
+}
+
+// takeLane returns whether there may be another lane. A session has its first in any case, as the inbound bounds how
+// many sessions there are; of those beyond it may have no more than it leaves free of the Handler's. s is locked.
+func (s *session) takeLane() bool {
+	for s.taken > 0 {
+		all := s.h.lanes.Load()
+		if int64(s.taken) > min(lanesMax-1, lanesAll-all-1) {
+			return false
+		}
+		if s.h.lanes.CompareAndSwap(all, all+1) {
+			break
+		}
+	}
+	s.taken++
+	return true
+}
+
+// freeLane undoes takeLane. s is locked.
+func (s *session) freeLane() {
+	if s.taken--; s.taken > 0 {
+		s.h.lanes.Add(-1)
+	}
 }
 
 // key returns what the lane of e is known by.
@@ -97,6 +121,7 @@ func (l *lane) leave() {
 	if s.lanes[l.fake] == l {
 		delete(s.lanes, l.fake)
 	}
+	s.freeLane()
 	s.mu.Unlock()
 	if l.name != nil {
 		s.h.names.release(l.name)

@@ -15,6 +15,7 @@ import (
 const (
 	questionIdle = 5 * time.Second // how long a session that only asked is kept for more
 	lanesMax     = 256             // of a session
+	lanesAll     = 4096            // of all sessions of a Handler, but for the first of each
 	portsMax     = 1024            // of a name that are kept; then those before are forgotten
 )
 
@@ -38,6 +39,7 @@ type session struct {
 
 	mu      sync.Mutex
 	lanes   map[netip.Addr]*lane // by fake address; the rest at the zero Addr
+	taken   int                  // lanes that have not left
 	pumping bool
 	asked   time.Time   // when there was last a question
 	asking  int         // questions that are not answered
@@ -165,6 +167,8 @@ func (s *session) refuse(e relay.Endpoint, err error) {
 		return
 	case errors.Is(err, errUnknown):
 		s.h.unknownAddress(e.IP)
+	case s.h.scattered.begins():
+		s.h.log.Warn("refused datagrams", "err", err, "client", s.flow.Client, "addr", e)
 	}
 	refuse(s.conn, e, err)
 }

@@ -327,6 +327,44 @@ func TestTooManyLanesAreRefused(t *testing.T) {
 	proxytest.Until(t, "the refusal", func() bool { return c.refusal(endpoint(fakeIP4(lanesMax).String()+":9")) != nil })
 }
 
+// One session or a few cannot take the lanes of all, and a session always has its first.
+func TestLanesOfAllSessionsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &Handler{names: names{fixed: true}, Next: new(proxytest.RecordingHandler)}
+		h.begin()
+		for i := range lanesMax {
+			h.names.number(fmt.Sprintf("h%d.example", i), netip.AddrPort{})
+		}
+		const sessions = 2 * lanesAll / lanesMax
+		lanes := int64(0)
+		var ends []func()
+		for i := range sessions {
+			c := newClient()
+			ends = append(ends, serve(t, h, c, "10.0.0.53:53"))
+			for i := range lanesMax {
+				c.send(fakeIP4(i).String()+":9", nil)
+			}
+			synctest.Wait()
+			got := len(c.out)
+			if lanes += int64(got - 1); got < 1 || i < 8 && got != lanesMax || h.lanes.Load() != lanes || lanes >= lanesAll {
+				t.Fatalf("session %d has %d lanes, and all %d", i, got, h.lanes.Load())
+			}
+			if got < lanesMax && c.refusal(endpoint(fakeIP4(lanesMax-1).String()+":9")) == nil {
+				t.Errorf("session %d has %d lanes, and nothing was refused", i, got)
+			}
+		}
+		if lanes < lanesAll-lanesMax {
+			t.Errorf("only %d lanes: too few for the test", lanes)
+		}
+		for _, end := range ends {
+			end()
+		}
+		if n := h.lanes.Load(); n != 0 {
+			t.Errorf("%d lanes after the end", n)
+		}
+	})
+}
+
 type handlerFunc func(proxy.Flow, relay.PacketConn)
 
 func (handlerFunc) HandleStream(context.Context, proxy.Flow, proxy.Pending)             {}
