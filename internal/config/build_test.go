@@ -240,3 +240,29 @@ func TestWay(t *testing.T) {
 		t.Errorf("no hop: %v", err)
 	}
 }
+
+func TestOnlySockets(t *testing.T) {
+	const forward = "inbounds: [{type: forward, listen: '0', to: 'a:1'%s}]\n"
+	for _, tt := range []struct {
+		file string
+		want bool
+	}{
+		{fmt.Sprintf(forward, ""), true},
+		{fmt.Sprintf(forward, ", via: [direct]"), true},
+		{fmt.Sprintf(forward, ", via: ['socks5://a:1', 'http://b:1']"), true},
+		{fmt.Sprintf(forward, ", via: ['socks5://a:1', 'https://b:1']"), false},
+		{fmt.Sprintf(forward, ", via: ['ssh://a']"), false},
+		{fmt.Sprintf(forward, ", via: [x]") + "outbounds: [{name: x, type: group, members: [direct, 'ssh://a']}]", false},
+		{fmt.Sprintf(forward, ", via: [x]") + "outbounds: [{name: x, type: socks5, server: 'a:1', via: ['https://b:1']}]", false},
+		{fmt.Sprintf(forward, "") + "rules: [{port: ['22'], via: ['ssh://a']}]", false},
+		{"inbounds: [{type: socks5, listen: '0'}, {type: redirect, listen: '0'}]", true},
+		{"inbounds: [{type: socks5, listen: '0'}, {type: tun}]", false},
+	} {
+		c, err := Load("sluice.yaml", []byte(tt.file))
+		if err != nil {
+			t.Errorf("%s: %v", tt.file, err)
+		} else if got := c.OnlySockets(); got != tt.want {
+			t.Errorf("%s: %v, want %v", tt.file, got, tt.want)
+		}
+	}
+}

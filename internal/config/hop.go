@@ -52,6 +52,33 @@ func (c *Config) resolve(s string) (hop, error) {
 	return hop{}, fmt.Errorf("no outbound is called %s%s", s, didYouMean(s, names))
 }
 
+// notSockets are the types whose conns are not the kernel's sockets.
+var notSockets = []string{"tun", "reverse", "ssh", "https"}
+
+// OnlySockets says whether all conns that the sessions of c join are sockets of the kernel: no SSH, TLS or TUN is among them.
+func (c *Config) OnlySockets() bool {
+	var vias []string
+	for i := range c.Inbounds {
+		if slices.Contains(notSockets, c.Inbounds[i].Type) {
+			return false
+		}
+		vias = append(vias, c.Inbounds[i].Via...)
+	}
+	for i := range c.Rules {
+		vias = append(vias, c.Rules[i].Via...)
+	}
+	for i := range c.Outbounds {
+		if slices.Contains(notSockets, c.Outbounds[i].Type) {
+			return false
+		}
+		vias = append(append(vias, c.Outbounds[i].Via...), c.Outbounds[i].Members...)
+	}
+	return !slices.ContainsFunc(vias, func(s string) bool {
+		h, err := c.resolve(s)
+		return err != nil || slices.Contains(notSockets, h.out.Type)
+	})
+}
+
 // url returns the server of o in URL form, without what is behind it.
 func (o *Outbound) url() string {
 	if o.Host != (SSHHost{}) {
