@@ -178,7 +178,7 @@ func (l *lane) ReadPacket(p *relay.Packet) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for l.queue.empty() && !l.over {
+	for l.queue.Len() == 0 && !l.over {
 		l.ready.Wait()
 	}
 	if l.over {
@@ -197,7 +197,7 @@ func (l *lane) ReadMore(ps []relay.Packet) (n int) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for ; n < len(ps) && !l.queue.empty(); n++ {
+	for ; n < len(ps) && l.queue.Len() > 0; n++ {
 		ps[n] = l.queue.pop(&l.s.memory)
 		l.toNameLocked(&ps[n])
 	}

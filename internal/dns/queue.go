@@ -3,6 +3,7 @@ package dns
 import (
 	"sync/atomic"
 
+	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/relay"
 )
 
@@ -43,60 +44,34 @@ func (m *memory) free(n int64) {
 }
 
 // packetQueue holds the datagrams of a lane that it has not read yet.
-type packetQueue struct {
-	packets []relay.Packet
-	head    int   // of packets, those before it are gone
-	held    int64 // bytes
-}
-
-func (q *packetQueue) empty() bool { return q.head == len(q.packets) }
+type packetQueue struct{ proxy.PacketQueue }
 
 // push takes over the memory of p, and returns whether there was room.
 func (q *packetQueue) push(p *relay.Packet, m *memory) bool {
 	n := relay.PacketMemory(len(p.Data))
-	if len(q.packets)-q.head >= laneQueue || !m.take(n, q.held) {
+	if q.Len() >= laneQueue || !m.take(n, q.Memory()) {
 		return false
 	}
-	q.held += n
-	if q.head > 0 && len(q.packets) == cap(q.packets) {
-		kept := copy(q.packets, q.packets[q.head:])
-		clear(q.packets[kept:])
-		q.packets, q.head = q.packets[:kept], 0
-	}
 	if int64(cap(p.Data)) <= n {
-		q.packets = append(q.packets, *p)
+		q.Push(*p)
 		*p = relay.Packet{}
 		return true
 	}
 	small := relay.Packet{Endpoint: p.Endpoint} // it came in memory for a larger one
 	copy(small.Grow(len(p.Data)), p.Data)
-	q.packets = append(q.packets, small)
+	q.Push(small)
 	return true
 }
 
 // pop takes the first datagram out.
 func (q *packetQueue) pop(m *memory) relay.Packet {
-	p := q.packets[q.head]
-	q.packets[q.head] = relay.Packet{}
-	n := relay.PacketMemory(len(p.Data))
-	q.held -= n
-	m.free(n)
-	if q.head++; q.empty() {
-		const kept = 16 // no more memory than that for who is idle
-		q.head = 0
-		if q.packets = q.packets[:0]; cap(q.packets) > kept {
-			q.packets = nil
-		}
-	}
+	p := q.Pop()
+	m.free(relay.PacketMemory(len(p.Data)))
 	return p
 }
 
 // clear drops all, and returns how many there were.
 func (q *packetQueue) clear(m *memory) (dropped int64) {
-	for ; !q.empty(); dropped++ {
-		p := q.pop(m)
-		p.Free()
-	}
-	q.packets = nil
-	return dropped
+	m.free(q.Memory())
+	return q.Clear()
 }

@@ -100,7 +100,7 @@ func TestQueueKeepsTheOrder(t *testing.T) {
 			in++
 		}
 		for range 3 - int(in/3)%2 {
-			if q.empty() {
+			if q.Len() == 0 {
 				break
 			}
 			p := q.pop(m)

@@ -339,7 +339,7 @@ func (s *datagramSession) push(to relay.Endpoint, data []byte) {
 func (s *datagramSession) ReadPacket(p *relay.Packet) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.queue.empty() && !s.closed {
+	for s.queue.Len() == 0 && !s.closed {
 		s.ready.Wait()
 	}
 	if s.closed {
@@ -353,7 +353,7 @@ func (s *datagramSession) ReadPacket(p *relay.Packet) error {
 func (s *datagramSession) ReadMore(ps []relay.Packet) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for ; n < len(ps) && !s.queue.empty(); n++ {
+	for ; n < len(ps) && s.queue.Len() > 0; n++ {
 		ps[n] = s.queue.pop(&s.demux.held)
 	}
 	return n

@@ -3,6 +3,7 @@ package inbound
 import (
 	"sync/atomic"
 
+	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/relay"
 )
 
@@ -17,57 +18,31 @@ const (
 	allQueues      = 64 << 20 // of all sessions of a demux
 )
 
-// datagramQueue holds what a session has not read yet.
-type datagramQueue struct {
-	packets []relay.Packet
-	head    int   // of packets, those before it are gone
-	memory  int64 // of those that are there
-}
+// datagramQueue holds what a session has not read yet. What all of a demux hold is counted in held.
+type datagramQueue struct{ proxy.PacketQueue }
 
-func (q *datagramQueue) empty() bool { return q.head == len(q.packets) }
-
-// push copies a datagram into the queue, and adds its memory to held. It returns false where there is no room.
+// push copies a datagram into the queue. It returns false where there is no room.
 func (q *datagramQueue) push(to relay.Endpoint, data []byte, held *atomic.Int64) bool {
 	n := relay.PacketMemory(len(data))
-	if len(q.packets)-q.head >= queueDatagrams || q.memory+n > min(queueMemory, allQueues-held.Load()) {
+	if q.Len() >= queueDatagrams || q.Memory()+n > min(queueMemory, allQueues-held.Load()) {
 		return false
 	}
-	if q.head > 0 && len(q.packets) == cap(q.packets) {
-		kept := copy(q.packets, q.packets[q.head:])
-		clear(q.packets[kept:])
-		q.packets, q.head = q.packets[:kept], 0
-	}
-	q.packets = append(q.packets, relay.Packet{Endpoint: to})
-	p := &q.packets[len(q.packets)-1]
+	p := relay.Packet{Endpoint: to}
 	copy(p.Grow(len(data)), data)
-	q.memory += n
+	q.Push(p)
 	held.Add(n)
 	return true
 }
 
 // pop takes the first datagram out.
 func (q *datagramQueue) pop(held *atomic.Int64) relay.Packet {
-	p := q.packets[q.head]
-	q.packets[q.head] = relay.Packet{}
-	n := relay.PacketMemory(len(p.Data))
-	q.memory -= n
-	held.Add(-n)
-	if q.head++; q.empty() {
-		const kept = 16 // no more memory than that for who is idle
-		q.head = 0
-		if q.packets = q.packets[:0]; cap(q.packets) > kept {
-			q.packets = nil
-		}
-	}
+	p := q.Pop()
+	held.Add(-relay.PacketMemory(len(p.Data)))
 	return p
 }
 
 // clear drops all, and returns how many there were.
 func (q *datagramQueue) clear(held *atomic.Int64) (dropped int64) {
-	for ; !q.empty(); dropped++ {
-		p := q.pop(held)
-		p.Free()
-	}
-	q.packets = nil
-	return dropped
+	held.Add(-q.Memory())
+	return q.Clear()
 }

@@ -149,9 +149,7 @@ type session struct {
 	answered atomic.Bool
 
 	mu     sync.Mutex
-	queue  []relay.Packet
-	first  int // of queue
-	bytes  int // of memory in queue
+	queue  proxy.PacketQueue
 	closed bool
 }
 
@@ -222,17 +220,15 @@ const yieldAt = 128
 func (s *session) enqueue(p relay.Packet) (waiting int, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	size := cap(p.Data)
-	if s.closed || len(s.queue)-s.first >= queueMax || s.bytes+size > queueBytesMax {
-		return len(s.queue) - s.first, false
+	if s.closed || s.queue.Len() >= queueMax || s.queue.Memory()+relay.PacketMemory(len(p.Data)) > queueBytesMax {
+		return s.queue.Len(), false
 	}
-	s.bytes += size
-	s.queue = append(s.queue, p)
+	s.queue.Push(p)
 	select {
 	case s.ready <- struct{}{}:
 	default:
 	}
-	return len(s.queue) - s.first, true
+	return s.queue.Len(), true
 }
 
 // drop counts a datagram that its session had no room for.
@@ -253,20 +249,9 @@ func (s *session) ReadPacket(p *relay.Packet) error {
 			s.mu.Unlock()
 			return net.ErrClosed
 		}
-		if s.first < len(s.queue) {
+		if s.queue.Len() > 0 {
 			p.Free()
-			*p = s.queue[s.first]
-			s.queue[s.first] = relay.Packet{}
-			s.bytes -= cap(p.Data)
-			if s.first++; s.first == len(s.queue) {
-				s.queue, s.first = s.queue[:0], 0
-				if cap(s.queue) > 32 {
-					s.queue = nil
-				}
-			} else if s.first >= queueMax {
-				s.queue = append(s.queue[:0], s.queue[s.first:]...)
-				s.first = 0
-			}
+			*p = s.queue.Pop()
 			s.mu.Unlock()
 			return nil
 		}
@@ -329,10 +314,7 @@ func (s *session) close() {
 		return
 	}
 	s.closed = true
-	for i := range s.queue[s.first:] {
-		s.queue[s.first+i].Free()
-	}
-	s.queue = nil
+	s.queue.Clear()
 	select {
 	case s.ready <- struct{}{}:
 	default:
