@@ -70,7 +70,7 @@ func (r *replySockets) take(origin netip.AddrPort) (*replySocket, error) {
 
 func (r *replySockets) bind(origin netip.AddrPort) (*replySocket, error) {
 	ip := origin.Addr()
-	if origin.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || ip.IsLoopback() || ip == broadcast || r.isOwn(ip) {
+	if origin.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || ip.IsLoopback() || ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}) || r.isOwn(ip) {
 		return nil, errNotAnOrigin
 	}
 	network := "udp4"
@@ -84,8 +84,6 @@ func (r *replySockets) bind(origin netip.AddrPort) (*replySocket, error) {
 	}
 	return &replySocket{UDPConn: c.(*net.UDPConn), origin: origin}, nil
 }
-
-var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
 // makeRoom closes a socket if there are as many as there may be: one that was not used since it was last looked at.
 func (r *replySockets) makeRoom() {
