@@ -6,36 +6,16 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"runtime"
 	"strings"
-	"sync"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
-// inOwnNetwork calls f on a thread that is in a network of its own, which goes with it.
-func inOwnNetwork(t *testing.T, f func()) {
-	t.Helper()
-	proxytest.NeedRoot(t)
-	var all sync.WaitGroup
-	all.Go(func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			t.Error(err)
-			return
-		}
-		f()
-	})
-	all.Wait()
-}
-
 // TestPortOfAnother: that another sluice has the table is what is said, and not that rights are missing.
 func TestPortOfAnother(t *testing.T) {
 	at := []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:12345")}
-	inOwnNetwork(t, func() {
+	proxytest.InNetwork(t, func() {
 		for _, tproxy := range []bool{false, true} {
 			first, second := &Capture{TProxy: tproxy}, &Capture{TProxy: tproxy}
 			if err := first.Begin(at); err != nil {
@@ -64,7 +44,7 @@ func TestCleanMeanwhile(t *testing.T) {
 		cleanForever()
 	}
 	at := []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:12345")}
-	inOwnNetwork(t, func() {
+	proxytest.InNetwork(t, func() {
 		cmd := exec.Command("/proc/self/exe", "-test.run=^TestCleanMeanwhile$") // in the network of this thread
 		cmd.Env = append(os.Environ(), env+"=1")
 		var said strings.Builder

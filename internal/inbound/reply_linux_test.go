@@ -4,8 +4,6 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"runtime"
-	"sync"
 	"testing"
 	"time"
 
@@ -21,14 +19,7 @@ import (
 // others, and one address that is local although no interface has it.
 func inNetwork(t *testing.T, f func()) {
 	t.Helper()
-	proxytest.NeedRoot(t)
-	var all sync.WaitGroup
-	all.Go(func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			t.Error(err)
-			return
-		}
+	proxytest.InNetwork(t, func() {
 		lo, err := netlink.LinkByName("lo")
 		if err == nil {
 			err = netlink.LinkSetUp(lo)
@@ -77,7 +68,6 @@ func inNetwork(t *testing.T, f func()) {
 		}
 		f()
 	})
-	all.Wait()
 }
 
 // reply has a send a datagram as if it were from an origin.

@@ -3,37 +3,16 @@ package tundev
 import (
 	"errors"
 	"os"
-	"runtime"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
-// inNamespace runs f on a thread in a new network namespace, which goes with it.
-func inNamespace(t *testing.T, f func()) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("SLUICE_TEST_NOSKIP") != "" {
-			t.Fatal("needs root, and SLUICE_TEST_NOSKIP is set")
-		}
-		t.Skip("needs root")
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			t.Error(err)
-			return
-		}
-		f()
-	}()
-	<-done
-}
-
 func TestOpen(t *testing.T) {
-	inNamespace(t, func() {
+	proxytest.InNetwork(t, func() {
 		for _, o := range []Options{{}, {Name: "tt7"}, {MTU: 9000}, {NoOffload: true}} {
 			d, err := Open(o)
 			if err != nil {
@@ -57,7 +36,7 @@ func TestOpen(t *testing.T) {
 }
 
 func TestOpenFails(t *testing.T) {
-	inNamespace(t, func() {
+	proxytest.InNetwork(t, func() {
 		d, err := Open(Options{Name: "taken"})
 		if err != nil {
 			t.Error(err)
@@ -78,7 +57,7 @@ func TestOpenFails(t *testing.T) {
 }
 
 func TestCloseFreesTheReader(t *testing.T) {
-	inNamespace(t, func() {
+	proxytest.InNetwork(t, func() {
 		d, err := Open(Options{})
 		if err != nil {
 			t.Error(err)
@@ -101,7 +80,7 @@ func TestCloseFreesTheReader(t *testing.T) {
 }
 
 func TestFromFile(t *testing.T) {
-	inNamespace(t, func() {
+	proxytest.InNetwork(t, func() {
 		d, err := Open(Options{})
 		if err != nil {
 			t.Error(err)
