@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"github.com/sluice-proxy/sluice/internal/proxy"
 )
 
 // Prefixes returns the ranges that fake addresses are of: 198.18.0.0/15, which RFC 2544 sets aside for measurements
@@ -97,19 +99,9 @@ var (
 	errNamesMany = errors.New("dns: the client uses too many fake addresses")
 )
 
-// userOf returns what a client is counted as: an IPv4 address, or the IPv6 network that a host may choose addresses in.
-func userOf(client netip.AddrPort) netip.Prefix {
-	ip, bits := client.Addr().Unmap(), 32
-	if ip.Is6() {
-		bits = 64
-	}
-	user, _ := ip.Prefix(bits) // the zero Prefix for who has no address
-	return user
-}
-
 // number returns the number of name, which is in lower case and without the last dot, for a client that asks.
 func (n *names) number(name string, client netip.AddrPort) (int, error) {
-	user := userOf(client)
+	user := proxy.ClientNetwork(client.Addr())
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if e := n.byName[name]; e != nil {
@@ -190,7 +182,7 @@ func (n *names) unuse(user netip.Prefix) {
 func (n *names) find(ip netip.Addr, client netip.AddrPort) *entry {
 	e := n.byNum[numberOf(ip)]
 	if e != nil {
-		n.use(e, userOf(client))
+		n.use(e, proxy.ClientNetwork(client.Addr()))
 	}
 	return e
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/miekg/dns"
 
+	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/proxytest"
 	"github.com/sluice-proxy/sluice/relay"
 )
@@ -222,7 +223,7 @@ func TestNamesCountForWhoUsesThem(t *testing.T) {
 		if _, err := n.names.number("more", first); err != nil {
 			t.Errorf("the first is told %v, and has none", err)
 		}
-		if _, ok := n.names.peek(fakeIP4(0)); !ok || n.byNum[0].user != userOf(second) {
+		if _, ok := n.names.peek(fakeIP4(0)); !ok || n.byNum[0].user != proxy.ClientNetwork(second.Addr()) {
 			t.Error("to look is no use")
 		}
 		n.consistent()

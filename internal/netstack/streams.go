@@ -83,7 +83,7 @@ func (t *streams) enter(p *pending) (taken, fresh bool) {
 		return false, false
 	}
 	// Nobody may have more than are left for others, so that one client that dials in vain does not stop the rest.
-	site := siteOf(p.id.RemoteAddress)
+	site := p.site()
 	if t.sites[site] >= t.max-len(t.pending) {
 		if t.full.begins() {
 			t.r.warn("SYNs dropped: as many dials as max-pending allows go on", "max-pending", t.max, "dials", len(t.pending),
@@ -104,20 +104,16 @@ func (t *streams) leave(p *pending) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.pending, p.id)
-	site := siteOf(p.id.RemoteAddress)
+	site := p.site()
 	if t.sites[site]--; t.sites[site] == 0 {
 		delete(t.sites, site)
 	}
 	p.probing.Stop()
 }
 
-// siteOf returns whose address a is: a host's, or in IPv6 that of a network, in which a host may have any number of addresses.
-func siteOf(a tcpip.Address) netip.Prefix {
-	bits := 32
-	if a.Len() == header.IPv6AddressSize {
-		bits = 64
-	}
-	return netip.PrefixFrom(addrPort(a, 0).Addr(), bits).Masked()
+// site returns whom p counts for.
+func (p *pending) site() netip.Prefix {
+	return proxy.ClientNetwork(addrPort(p.id.RemoteAddress, 0).Addr())
 }
 
 // reset gives up the dial of a client that has reset its stream, or answered a probe.

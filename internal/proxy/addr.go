@@ -133,3 +133,15 @@ func parseAddr(s string) (Addr, error) {
 func isDigits(s string) bool {
 	return s != "" && strings.Trim(s, "0123456789") == ""
 }
+
+// ClientNetwork returns what the client at ip counts as where each may have a share and no more: its IPv4 address, or in IPv6 the
+// network of 64 bits, in which a host may have any number of addresses. It is the zero Prefix for who has no address.
+func ClientNetwork(ip netip.Addr) netip.Prefix {
+	ip = ip.Unmap()
+	bits := 32
+	if ip.Is6() {
+		bits = 64
+	}
+	network, _ := ip.Prefix(bits) // fails for the zero Addr only
+	return network
+}

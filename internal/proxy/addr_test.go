@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"syscall"
@@ -141,5 +142,21 @@ func TestReasonOf(t *testing.T) {
 		if r.String() == "" || r != Other && r.String() == "other" {
 			t.Errorf("reason %d has no name", r)
 		}
+	}
+}
+
+func TestClientNetwork(t *testing.T) {
+	for in, want := range map[string]string{
+		"192.0.2.7":            "192.0.2.7/32",
+		"::ffff:192.0.2.7":     "192.0.2.7/32",
+		"2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64",
+		"fe80::1:2:3:4%eth0":   "fe80::/64",
+	} {
+		if got := ClientNetwork(netip.MustParseAddr(in)); got != netip.MustParsePrefix(want) {
+			t.Errorf("%s: %v, want %s", in, got, want)
+		}
+	}
+	if got := ClientNetwork(netip.Addr{}); got.IsValid() {
+		t.Errorf("no address: %v", got)
 	}
 }
