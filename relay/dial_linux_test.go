@@ -147,6 +147,13 @@ func TestDialSocketRefused(t *testing.T) {
 // unheard returns an address where nobody listens, and nobody else can meanwhile: it is bound.
 func unheard(t *testing.T) netip.AddrPort {
 	t.Helper()
+	_, at := bound(t)
+	return at
+}
+
+// bound returns a socket that is bound, and to where.
+func bound(t *testing.T) (fd int, at netip.AddrPort) {
+	t.Helper()
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -159,25 +166,16 @@ func unheard(t *testing.T) netip.AddrPort {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return addrPortOf(sa)
+	return fd, addrPortOf(sa)
 }
 
 // deaf returns the address of a listener that completes no more connections.
 func deaf(t *testing.T) netip.AddrPort {
 	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { syscall.Close(fd) })
-	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		t.Fatal(err)
-	}
+	fd, to := bound(t)
 	if err := syscall.Listen(fd, 0); err != nil {
 		t.Fatal(err)
 	}
-	sa, _ := syscall.Getsockname(fd)
-	to := addrPortOf(sa)
 	for range 3 { // its queue holds one or two
 		c, err := net.DialTimeout("tcp", to.String(), 200*time.Millisecond)
 		if err != nil {
