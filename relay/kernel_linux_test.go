@@ -74,12 +74,22 @@ func TestKernelEngineHoldsNothingWhileIdle(t *testing.T) {
 		t.Fatal("engine", st.Engine())
 	}
 	const size = 8 << 20
+	var sent atomic.Int64
 	done := make(chan error, 1)
 	go func() {
-		_, err := io.CopyN(origin, zeros{}, size)
-		done <- err
+		for chunk := make([]byte, 64<<10); sent.Load() < size; {
+			n, err := origin.Write(chunk)
+			if sent.Add(int64(n)); err != nil {
+				done <- err
+				return
+			}
+		}
+		done <- nil
 	}()
-	time.Sleep(100 * time.Millisecond) // it waits for the reader: what has piled up is more than a read takes
+	// It waits for the reader until nothing goes on: what has piled up is more than a read takes.
+	for before := int64(0); before == 0 || before != sent.Load(); time.Sleep(30 * time.Millisecond) {
+		before = sent.Load()
+	}
 	n, buf, spliced := 0, make([]byte, 256<<10), false
 	for n < size {
 		m, err := client.Read(buf)

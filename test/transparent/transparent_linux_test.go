@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -345,31 +346,47 @@ func TestSplice(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
 			l := newLab(t)
-			l.origin.serve(t, at(originIP[0], "8080"), func(c net.Conn) { io.Copy(c, zeros{}) })
-			s := l.router.startSluice(t, kind.args...)
-			c := l.client.mustDial(t, "tcp", at(originIP[0], "8080"))
-			proxytest.Until(t, "sluice holds a pipe", func() bool {
-				// It takes to splicing when much has come while the client paused, as between these reads.
-				if _, err := io.CopyN(io.Discard, c, 4<<20); err != nil {
-					t.Fatal(err)
-				}
-				time.Sleep(10 * time.Millisecond)
-				dir := fmt.Sprintf("/proc/%d/fd", s.cmd.Process.Pid)
-				fds, _ := os.ReadDir(dir)
-				for _, fd := range fds {
-					if to, _ := os.Readlink(filepath.Join(dir, fd.Name())); strings.HasPrefix(to, "pipe:") && fd.Name() > "2" {
-						return true
+			var sent atomic.Int64
+			l.origin.serve(t, at(originIP[0], "8080"), func(c net.Conn) {
+				for zeros := make([]byte, 64<<10); ; {
+					n, err := c.Write(zeros)
+					if sent.Add(int64(n)); err != nil {
+						return
 					}
 				}
-				return false
+			})
+			s := l.router.startSluice(t, kind.args...)
+			before := s.pipes(t)
+			c := l.client.mustDial(t, "tcp", at(originIP[0], "8080"))
+			proxytest.Until(t, "sluice holds a pipe", func() bool {
+				// It takes to splicing where it finds much to read. That is certain once all buffers on the way are
+				// full: then it goes on from a full one whenever the client reads.
+				if _, err := io.CopyN(io.Discard, c, 4<<20); err != nil {
+					t.Fatalf("when the origin had sent %d bytes: %v", sent.Load(), err)
+				}
+				for was := int64(-1); was != sent.Load(); time.Sleep(30 * time.Millisecond) {
+					was = sent.Load()
+				}
+				return s.pipes(t) > before
 			})
 		})
 	}
 }
 
-type zeros struct{}
-
-func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+// pipes is how many ends of pipes the program has open.
+func (s *sluice) pipes(t *testing.T) (n int) {
+	dir := fmt.Sprintf("/proc/%d/fd", s.cmd.Process.Pid)
+	fds, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if to, _ := os.Readlink(filepath.Join(dir, fd.Name())); strings.HasPrefix(to, "pipe:") {
+			n++
+		}
+	}
+	return n
+}
 
 // TestByHand: the rules that the manual has for those who set them up themselves work.
 func TestByHand(t *testing.T) {
