@@ -34,6 +34,7 @@ type streams struct {
 	pending map[stack.TransportEndpointID]*pending
 	sites   map[netip.Prefix]int // how many of the pending are of whom
 	full    episode
+	swept   time.Time // when giveWay was last
 }
 
 func (t *streams) init(r *running, most int) {
@@ -63,7 +64,7 @@ func (t *streams) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) 
 	case !flags.Contains(header.TCPFlagSyn) || flags.Contains(header.TCPFlagAck):
 		return false
 	}
-	p := &pending{t: t, id: id, seq: h.SequenceNumber(), probeSeq: rand.Uint32()}
+	p := &pending{t: t, id: id, since: time.Now(), seq: h.SequenceNumber(), probeSeq: rand.Uint32()}
 	taken, fresh := t.enter(p)
 	if !taken {
 		return !fresh // a stack that stops resets
@@ -79,12 +80,14 @@ func (t *streams) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) 
 func (t *streams) enter(p *pending) (taken, fresh bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.pending[p.id] != nil {
+	if again := t.pending[p.id]; again != nil {
+		again.repeated = again.repeated || again.seq == p.seq
 		return false, false
 	}
 	// Nobody may have more than are left for others, so that one client that dials in vain does not stop the rest.
 	site := p.site()
 	if t.sites[site] >= t.max-len(t.pending) {
+		t.giveWay()
 		if t.full.begins() {
 			t.r.warn("SYNs dropped: as many dials as max-pending allows go on", "max-pending", t.max, "dials", len(t.pending),
 				"client", site.Addr(), "of-client", t.sites[site])
@@ -111,6 +114,36 @@ func (t *streams) leave(p *pending) {
 	p.probing.Stop()
 }
 
+// repeatWait is how long a client that has had no answer may take to send its SYN again: they do after a second
+// (RFC 6298 section 2).
+const repeatWait = 2 * time.Second
+
+// giveWay ends the dials of clients that are not there, so that the addresses that a flood of SYNs has made up do not
+// keep all places for as long as dials and handshakes may take. One that is there repeats its SYN, or acknowledges the answer.
+func (t *streams) giveWay() {
+	now := time.Now()
+	if now.Sub(t.swept) < repeatWait/20 {
+		return
+	}
+	t.swept = now
+	for _, p := range t.pending {
+		if !p.repeated && now.Sub(p.since) >= repeatWait {
+			p.end()
+		}
+	}
+}
+
+// end gives the dial or the handshake up, without an answer. The caller has t.mu.
+func (p *pending) end() {
+	if p.wasReset {
+		return
+	}
+	p.wasReset = true
+	if p.failed != nil {
+		p.failed()
+	}
+}
+
 // site returns whom p counts for.
 func (p *pending) site() netip.Prefix {
 	return proxy.ClientNetwork(addrPort(p.id.RemoteAddress, 0).Addr())
@@ -121,7 +154,7 @@ func (t *streams) reset(id stack.TransportEndpointID, h header.TCP) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	p := t.pending[id]
-	if p == nil || p.wasReset {
+	if p == nil {
 		return
 	}
 	seq := h.SequenceNumber()
@@ -129,10 +162,7 @@ func (t *streams) reset(id stack.TransportEndpointID, h header.TCP) {
 	if !probed && seq != p.seq && seq != p.seq+1 {
 		return
 	}
-	p.wasReset = true
-	if p.failed != nil {
-		p.failed()
-	}
+	p.end()
 }
 
 // reopens is shown each SYN before the stack. One for a stream that is in TIME_WAIT is for a new one (RFC 1122 section 4.2.2.13).
@@ -204,11 +234,12 @@ func (t *streams) carry(req *tcp.ForwarderRequest) {
 
 // pending is a SYN that waits for its answer.
 type pending struct {
-	t    *streams
-	id   stack.TransportEndpointID
-	seq  uint32
-	req  *tcp.ForwarderRequest // nil once it is answered
-	done atomic.Bool
+	t     *streams
+	id    stack.TransportEndpointID
+	since time.Time
+	seq   uint32
+	req   *tcp.ForwarderRequest // nil once it is answered
+	done  atomic.Bool
 
 	shaken atomic.Bool // the handshake has ended
 
@@ -216,8 +247,9 @@ type pending struct {
 	probing  *time.Timer
 
 	// guarded by t.mu
-	probes   uint // how many were sent
-	wasReset bool
+	probes   uint   // how many were sent
+	repeated bool   // the SYN came again
+	wasReset bool   // or gave way
 	failed   func() // to be called when it is reset
 }
 
@@ -282,8 +314,12 @@ func (p *pending) probe() {
 
 // Accept answers by a SYN-ACK and waits for the client's ACK.
 func (p *pending) Accept() (net.Conn, []byte, error) {
-	stop := context.AfterFunc(p.t.r.ctx, p.giveUp)
+	ctx, cancel := context.WithCancel(p.t.r.ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, p.giveUp)
 	defer stop()
+	stopWatching := (&pendingConn{p: p}).Watch(cancel)
+	defer stopWatching()
 	c := newConn(p.id)
 	ep, err := p.req.CreateEndpoint(&c.queue)
 	p.shaken.Store(true)
