@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/internal/rtnetlink"
 )
 
 // policy is the routing that takes packets with a mark in, whatever they are for: a rule for the mark, and a routing table in
@@ -86,7 +88,9 @@ func (p *policy) remove() error {
 				return fmt.Errorf("remove routing rule: %w", err)
 			}
 		}
-		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: int(p.number)}, netlink.RT_FILTER_TABLE)
+		routes, err := rtnetlink.List(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Table: int(p.number)}, netlink.RT_FILTER_TABLE)
+		})
 		if err != nil && !lacks(err) {
 			return fmt.Errorf("list routes: %w", err)
 		}
@@ -110,15 +114,17 @@ func policies() (all []policy, err error) {
 		}
 	}
 	for _, family := range families {
-		rules, err := netlink.RuleList(family)
+		rules, err := rtnetlink.List(func() ([]netlink.Rule, error) { return netlink.RuleList(family) })
 		if err != nil && !lacks(err) {
 			return nil, fmt.Errorf("list routing rules: %w", err)
 		}
 		for _, r := range rules {
 			add(r.Table, int(r.Protocol))
 		}
-		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_UNSPEC},
-			netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		routes, err := rtnetlink.List(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_UNSPEC},
+				netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		})
 		if err != nil && !lacks(err) {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}

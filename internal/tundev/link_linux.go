@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/internal/rtnetlink"
 )
 
 // sysctl is where the kernel's settings of the calling thread's network namespace are.
@@ -34,7 +36,7 @@ func (n network) chooseAddr(choice netip.Prefix) (netip.Prefix, error) {
 	if choice.Addr().Is6() {
 		family = netlink.FAMILY_V6
 	}
-	taken, err := n.h.AddrList(nil, family)
+	taken, err := rtnetlink.List(func() ([]netlink.Addr, error) { return n.h.AddrList(nil, family) })
 	if err != nil {
 		return netip.Prefix{}, fmt.Errorf("tundev: list addresses: %w", err)
 	}

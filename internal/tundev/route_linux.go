@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/internal/rtnetlink"
 )
 
 // rule is a policy rule, comparable and fit for a record. One without a table and a target does nothing but to be a target.
@@ -192,7 +194,7 @@ type network struct{ h *netlink.Handle }
 // ourRules returns the rules that a Setup made.
 func (n network) ourRules() (all []rule, err error) {
 	for _, family := range n.families() {
-		list, err := n.h.RuleList(family)
+		list, err := rtnetlink.List(func() ([]netlink.Rule, error) { return n.h.RuleList(family) })
 		if err != nil {
 			return nil, fmt.Errorf("tundev: list rules: %w", err)
 		}
@@ -211,7 +213,9 @@ func (n network) ourRules() (all []rule, err error) {
 func (n network) tableRoutes() (ours, foreign []netlink.Route, err error) {
 	for _, family := range n.families() {
 		for _, table := range []int{tableAll, tableSome} {
-			list, err := n.h.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+			list, err := rtnetlink.List(func() ([]netlink.Route, error) {
+				return n.h.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+			})
 			if err != nil {
 				return nil, nil, fmt.Errorf("tundev: list routes: %w", err)
 			}
