@@ -154,7 +154,7 @@ func isTransparent(fd int) bool {
 	return err == nil && on != 0
 }
 
-// AcceptSockets has the relay's loop accept the clients of ln, which SocketListener has made, so that Neither
+// AcceptSockets has the relay's loop accept the clients of ln, which SocketListener has made, so that neither
 // accepting nor the wait for it takes a goroutine. take is called with each client, and fail with each error of
 // accept, from goroutines of the relay's, also at the same time; they must not block. After an
 // error accepting pauses until Resume is called; it also begins only then. Where handled is false, which it is for any
@@ -260,7 +260,7 @@ func (a *Acceptor) disarm() {
 	}
 }
 
-// Close stops accepting for good; it does not close the listener. When it has returned, Neither
+// Close stops accepting for good; it does not close the listener. When it has returned, neither
 // take nor fail runs or will be called; so it must not be called from them.
 func (a *Acceptor) Close() {
 	a.busy.Lock()

@@ -9,7 +9,7 @@ import (
 
 const canTryRead = false
 
-// below: other systems than Linux tell Neither of send queues nor of errors that nobody asked for.
+// below: other systems than Linux tell neither of send queues nor of errors that nobody asked for.
 type below struct {
 	raw syscall.RawConn
 }

@@ -13,7 +13,7 @@ import (
 // ResetContext returns a copy of ctx that is also cancelled when c is reset or its peer has
 // vanished. Use it while an answer for c is prepared, such as a dial: a client that resets its
 // conn wants the answer no more. One that half-closes, or sends more, still does, and does not
-// cancel. c is Neither read nor written.
+// cancel. c is neither read nor written.
 //
 // The cause of the cancellation is ECONNRESET. Call the CancelFunc before c is used in any other way.
 // A reset is noticed within some milliseconds, on Linux and for TCP and Unix sockets, also below TLS, and for a [Watcher]; elsewhere

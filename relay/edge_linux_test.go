@@ -213,7 +213,7 @@ type stuck struct {
 func (s *stuck) CloseWrite() error { <-s.closed; return io.ErrClosedPipe }
 func (s *stuck) Abort() error      { close(s.closed); return s.halfPipe.Abort() }
 
-// TestHalfCloseThatWaits: a half-close that does not come back must keep Neither limits nor a cancel from ending the pair.
+// TestHalfCloseThatWaits: a half-close that does not come back must keep neither limits nor a cancel from ending the pair.
 func TestHalfCloseThatWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, ra := newHalfPipe()

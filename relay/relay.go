@@ -1,4 +1,4 @@
-// Package relay joins two streams so that Neither end can tell the relay from a direct connection.
+// Package relay joins two streams so that neither end can tell the relay from a direct connection.
 //
 // Two calls of [io.Copy] look as if they did that. They do not say what happens at the end, and
 // the end is where bytes are lost: a client that half-closes (sends its request, then FIN) must
