@@ -98,3 +98,20 @@ func (r *batchReader) datagram(i int) (data, oob []byte, from netip.AddrPort) {
 	}
 	return data, oob, from
 }
+
+// lost returns how many datagrams the kernel has dropped since the socket was made, mostly for want of room there.
+func (r *batchReader) lost() (n uint32) {
+	var info [skMemInfoDrops + 1]uint32
+	size := uint32(unsafe.Sizeof(info))
+	r.raw.Control(func(fd uintptr) {
+		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_SOCKET, unix.SO_MEMINFO,
+			uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+		if errno == 0 {
+			n = info[skMemInfoDrops]
+		}
+	})
+	return n
+}
+
+// skMemInfoDrops is SK_MEMINFO_DROPS: where the count stands in what SO_MEMINFO tells (Linux 4.12).
+const skMemInfoDrops = 8

@@ -28,3 +28,6 @@ func (r *batchReader) read() (n int, err error) {
 func (r *batchReader) datagram(int) (data, oob []byte, from netip.AddrPort) {
 	return r.data[:r.n], r.oob[:r.oobn], netip.AddrPortFrom(r.from.Addr().Unmap(), r.from.Port())
 }
+
+// lost: other systems do not tell it of one socket.
+func (r *batchReader) lost() uint32 { return 0 }

@@ -37,6 +37,8 @@ const (
 	// no end that could be waited for.
 	quietTime = time.Second
 	sweepTime = quietTime / 4
+	// lostWait is how long what the kernel has dropped is not asked again.
+	lostWait = time.Second
 )
 
 // demux makes sessions of the datagrams that come in at one UDP socket: one for each client, which is an address and port. Its one loop
@@ -73,8 +75,11 @@ type demux struct {
 	refused atomic.Int64 // datagrams of clients for whom there was no session
 
 	// Of the loop alone: when there was last trouble, and who is to be woken.
-	full, forbidden, failing episode
-	woken                    []*datagramSession
+	full, forbidden, failing, losing episode
+
+	woken []*datagramSession
+	lost  uint32 // what the kernel has dropped, when it was last asked
+	asked time.Time
 }
 
 // An answerer sends to one client what comes from p.Endpoint. One goroutine at a time calls its methods.
@@ -137,6 +142,7 @@ func (d *demux) read(ctx context.Context, h proxy.Handler, r *batchReader) {
 				d.take(ctx, h, client, d.local(oob), data)
 			}
 			d.wake()
+			d.noteLost(r)
 			continue
 		}
 		if d.over() {
@@ -154,6 +160,21 @@ func (d *demux) read(ctx context.Context, h proxy.Handler, r *batchReader) {
 		case <-ctx.Done():
 		}
 	}
+}
+
+// noteLost logs what the kernel had no room for. It asks once a second while datagrams come.
+func (d *demux) noteLost(r *batchReader) {
+	now := time.Now()
+	if now.Sub(d.asked) < lostWait {
+		return
+	}
+	d.asked = now
+	lost := r.lost()
+	if n := lost - d.lost; n > 0 && d.losing.begins() {
+		d.log().Warn("datagrams lost: they came faster than they were taken, and the kernel had no room for more", "datagrams", n,
+			"hint", "where it goes on, set the sysctl net.core.rmem_max to 4 MiB or more")
+	}
+	d.lost = lost
 }
 
 // over says, while the demux drains, whether all its sessions are closed. It closes those that are silent, and sets

@@ -511,3 +511,30 @@ func TestForwardDatagramsInBursts(t *testing.T) {
 		}
 	}
 }
+
+// What the kernel had no room for is told.
+func TestLostDatagramsAreLogged(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("the system does not tell what it has dropped")
+	}
+	proxytest.NoLeaks(t)
+	var log logBuffer
+	f := udpForward("127.0.0.1:0", "192.0.2.1:1000")
+	f.Log = log.logger()
+	ctx, cancel := context.WithCancel(t.Context())
+	if err := f.Listen(ctx); err != nil {
+		t.Fatal(err)
+	}
+	f.packets.conn.SetReadBuffer(1)
+	c := dialUDP(t, f.BoundAddr())
+	for range 1000 {
+		c.Write(make([]byte, 1000))
+	}
+	served := make(chan error, 1)
+	go func() { served <- f.Serve(ctx, &proxytest.RecordingHandler{}) }()
+	proxytest.Until(t, "what was lost is logged", func() bool { return log.count("datagrams lost") == 1 })
+	cancel()
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+}
