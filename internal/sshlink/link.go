@@ -56,6 +56,7 @@ type Link struct {
 	waiting   int   // who waits for up
 	attempts  int   // that have failed, ever
 	lastErr   error // of the last attempt; nil once one succeeded
+	lostWhy   error // what the last connection ended with; nil before the first
 	final     bool  // lastErr is nothing that time heals
 	nudge     chan struct{}
 	listeners []*Listener
@@ -187,6 +188,8 @@ func (l *Link) session(ctx context.Context) (*session, error) {
 			return nil, l.lastErr
 		case ctx.Err() != nil && l.lastErr != nil:
 			return nil, fmt.Errorf("not connected: %w", l.lastErr)
+		case ctx.Err() != nil && l.lostWhy != nil:
+			return nil, fmt.Errorf("connection lost (%v), and not connected again in time: %w", l.lostWhy, context.Cause(ctx))
 		case ctx.Err() != nil:
 			return nil, fmt.Errorf("not connected in time: %w", context.Cause(ctx))
 		}
@@ -283,6 +286,7 @@ func (l *Link) lost(s *session) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.up, l.lostAt = nil, time.Now()
+	l.lostWhy = s.wire.err
 	l.all.Add(1)
 	go l.bury(s) // its streams may have bytes that are still to be read
 	l.running = l.wanted()
