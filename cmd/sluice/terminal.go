@@ -31,12 +31,12 @@ func openTerminal() sshlink.Prompt {
 
 // Line implements sshlink.Prompt.
 func (t *terminal) Line(ctx context.Context, question string) (string, error) {
-	return t.ask(ctx, question, readLine)
+	return t.ask(ctx, question, readLine, false)
 }
 
 // Secret implements sshlink.Prompt.
 func (t *terminal) Secret(ctx context.Context, question string) (string, error) {
-	return t.ask(ctx, question, readSecret)
+	return t.ask(ctx, question, readSecret, true)
 }
 
 type typed struct {
@@ -45,8 +45,8 @@ type typed struct {
 }
 
 // ask asks one question at a time. A read that is given up when ctx ends stays behind, and ends with
-// the next line or with the process.
-func (t *terminal) ask(ctx context.Context, question string, read func(*os.File, chan<- typed)) (string, error) {
+// the next line or with the process. What is typed once the question stands there is shown only if it is no secret.
+func (t *terminal) ask(ctx context.Context, question string, read func(*os.File, chan<- typed), secret bool) (string, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	f, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
@@ -58,7 +58,11 @@ func (t *terminal) ask(ctx context.Context, question string, read func(*os.File,
 		f.Close()
 		return "", err
 	}
+	if secret {
+		hideInput(int(f.Fd()))
+	}
 	if _, err := io.WriteString(f, question); err != nil {
+		term.Restore(int(f.Fd()), state)
 		f.Close()
 		return "", err
 	}
@@ -66,6 +70,7 @@ func (t *terminal) ask(ctx context.Context, question string, read func(*os.File,
 	go read(f, answer)
 	select {
 	case a := <-answer:
+		term.Restore(int(f.Fd()), state)
 		f.Close()
 		return a.text, a.err
 	case <-ctx.Done():
