@@ -149,6 +149,7 @@ func TestFloodOfSYNs(t *testing.T) {
 	}
 	raw := b.rawSocket()
 	var slowest time.Duration
+	begin := time.Now()
 	for i := range uint32(20000) {
 		ip := binary.BigEndian.AppendUint32(nil, 0xc6120000+i) // 198.18.0.0/15
 		src, _ := netip.AddrFromSlice(ip)
@@ -157,10 +158,14 @@ func TestFloodOfSYNs(t *testing.T) {
 			start := time.Now()
 			echo()
 			slowest = max(slowest, time.Since(start))
+			if n := pendings(b.stack); n > most {
+				t.Errorf("%d dials go on", n)
+			}
 		}
 	}
-	if n := len(d.begun); n != most {
-		t.Errorf("%d dials, want %d", n, most)
+	times := 1 + int(time.Since(begin)/repeatWait) // how often all may have given way
+	if n := len(d.begun); n < most || n > times*most {
+		t.Errorf("%d dials, want %d, at most %d times", n, most, times)
 	}
 	if n := strings.Count(b.log.String(), "SYNs dropped"); n < 1 || n > 2 {
 		t.Errorf("said %d times:\n%s", n, b.log)
