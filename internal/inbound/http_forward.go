@@ -137,7 +137,7 @@ func (f *forwarding) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	user, err := f.authorize(r)
 	if err != nil {
 		f.client.l.s.log.Info("request refused", "client", f.client.peer, "err", err)
-		refuse(w, unauthorized)
+		refuse(w, r, unauthorized)
 		return
 	}
 	f.mu.Lock()
@@ -149,7 +149,7 @@ func (f *forwarding) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if _, err := httpOrigin(r.URL); err != nil {
 		answer, _ := connect.RefusalOf(err)
-		refuse(w, answer)
+		refuse(w, r, answer)
 		return
 	}
 	defer f.abortIfTorn(w)
@@ -201,7 +201,7 @@ func (f *forwarding) connect(w http.ResponseWriter, r *http.Request) {
 	}
 	if err != nil {
 		answer, _ := connect.RefusalOf(err)
-		refuse(w, answer)
+		refuse(w, r, answer)
 		return
 	}
 	if _, _, err := (&httpWriter{w, f}).Hijack(); err != nil {
@@ -339,7 +339,7 @@ func (f *forwarding) failed(w http.ResponseWriter, r *http.Request, err error) {
 		panic(http.ErrAbortHandler) // nobody to be answered
 	}
 	if e, ok := errors.AsType[*originError](err); ok {
-		refuse(w, refusal(e.err, e.dst))
+		refuse(w, r, refusal(e.err, e.dst))
 		return
 	}
 	f.client.l.s.log.Info("request failed", "client", f.client.peer, "url", r.URL.Host, "err", err)
@@ -349,14 +349,19 @@ func (f *forwarding) failed(w http.ResponseWriter, r *http.Request, err error) {
 		answer.Error = "connection_terminated"
 		answer.Text = fmt.Sprintf("sluice: %s broke the connection before it had answered.", r.URL.Host)
 	}
-	refuse(w, answer)
+	refuse(w, r, answer)
 }
 
-// refuse writes an answer of the proxy's own.
-func refuse(w http.ResponseWriter, answer connect.Refusal) {
+// refuse writes an answer of the proxy's own. It ends the conn of a client that may not come in, or that has announced content, which
+// it may never send: only for a moment is what is left of that read.
+func refuse(w http.ResponseWriter, r *http.Request, answer connect.Refusal) {
 	h := w.Header()
 	if answer.Code == http.StatusProxyAuthRequired {
 		h.Set("Proxy-Authenticate", connect.Challenge)
+	}
+	if answer.Code == http.StatusProxyAuthRequired || r.ContentLength != 0 {
+		h.Set("Connection", "close")
+		http.NewResponseController(w).SetReadDeadline(time.Now().Add(hangUpTime))
 	}
 	if s := answer.ProxyStatus(); s != "" {
 		h.Set("Proxy-Status", s)
