@@ -72,10 +72,14 @@ type httpConn struct {
 	wrote     atomic.Int64  // when anything was written last, in Unix nanoseconds
 	broken    atomic.Bool   // the conn has failed, other than by a clean end, or has to look so
 	taken     atomic.Bool   // from net/http, which has switched protocols
+	spent     atomic.Bool   // content was left unread: no request can be read any more
 }
 
 // Read reads head and then the conn.
 func (c *httpConn) Read(p []byte) (int, error) {
+	if c.spent.Load() {
+		return 0, io.EOF
+	}
 	if len(c.head) > 0 {
 		n := copy(p, c.head)
 		c.head = c.head[n:]

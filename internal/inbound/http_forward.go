@@ -128,6 +128,14 @@ func (f *forwarding) endOrigins() {
 // ServeHTTP serves one request.
 func (f *forwarding) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer f.endIfTaken()
+	if f.conn.spent.Load() { // what looks like a request may be content
+		panic(http.ErrAbortHandler)
+	}
+	f.serve(w, r)
+	f.endContent(r)
+}
+
+func (f *forwarding) serve(w http.ResponseWriter, r *http.Request) {
 	if !f.begun {
 		if err := f.client.handshook(); err != nil {
 			panic(http.ErrAbortHandler)
@@ -152,8 +160,22 @@ func (f *forwarding) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, r, answer)
 		return
 	}
+	// An answer may begin, and be read, before the request is complete.
+	http.NewResponseController(w).EnableFullDuplex()
 	defer f.abortIfTorn(w)
 	f.proxy.ServeHTTP(&httpWriter{w, f}, r)
+}
+
+// endContent reads what is left of the content of a request that was answered before that was complete: for a moment, after which the conn
+// is not good for another request. It does so before the handler returns, since net/http cannot bear that the content ends later.
+func (f *forwarding) endContent(r *http.Request) {
+	if r.ContentLength == 0 || f.conn.taken.Load() {
+		return
+	}
+	f.conn.SetReadDeadline(time.Now().Add(hangUpTime))
+	if r.Body.Close() != nil {
+		f.conn.spent.Store(true)
+	}
 }
 
 // endIfTaken ends the service of a conn that the handler has taken from net/http and is done with.
@@ -353,7 +375,7 @@ func (f *forwarding) failed(w http.ResponseWriter, r *http.Request, err error) {
 }
 
 // refuse writes an answer of the proxy's own. It ends the conn of a client that may not come in, or that has announced content, which
-// it may never send: only for a moment is what is left of that read.
+// it may never send.
 func refuse(w http.ResponseWriter, r *http.Request, answer connect.Refusal) {
 	h := w.Header()
 	if answer.Code == http.StatusProxyAuthRequired {
@@ -361,14 +383,16 @@ func refuse(w http.ResponseWriter, r *http.Request, answer connect.Refusal) {
 	}
 	if answer.Code == http.StatusProxyAuthRequired || r.ContentLength != 0 {
 		h.Set("Connection", "close")
-		http.NewResponseController(w).SetReadDeadline(time.Now().Add(hangUpTime))
 	}
 	if s := answer.ProxyStatus(); s != "" {
 		h.Set("Proxy-Status", s)
 	}
 	h.Set("Content-Type", "text/plain; charset=utf-8")
+	text := answer.Text + "\n"
+	h.Set("Content-Length", strconv.Itoa(len(text)))
 	w.WriteHeader(answer.Code)
-	io.WriteString(w, answer.Text+"\n")
+	io.WriteString(w, text)
+	http.NewResponseController(w).Flush() // before what is left of the request
 }
 
 // abortIfTorn ends the client's conn with a reset when the answer to it could not be completed. A
@@ -383,6 +407,8 @@ func (f *forwarding) abortIfTorn(w http.ResponseWriter) {
 		http.NewResponseController(w).Flush()
 		drain(f.client.bare)
 	}
+	f.conn.spent.Store(true) // net/http would wait for the rest of the content
+	f.conn.SetReadDeadline(time.Now())
 	panic(e) // for net/http to close the conn
 }
 

@@ -1,8 +1,12 @@
 package inbound
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/http"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,7 +27,7 @@ func TestHTTPRefusalOfContentThatNeverComes(t *testing.T) {
 			addr, _ := startHTTP(t, &HTTP{Users: tt.users}, hosts{"refused.test": syscall.ECONNREFUSED})
 			for _, content := range []string{"Content-Length: 10", "Transfer-Encoding: chunked"} {
 				c := dialAddr(t, addr)
-				c.SetDeadline(time.Now().Add(5 * time.Second))
+				c.SetDeadline(time.Now().Add(3 * time.Second))
 				fmt.Fprintf(c, "POST http://refused.test/ HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", content)
 				if got, err := io.ReadAll(c); err != nil || !strings.HasPrefix(string(got), tt.want) {
 					t.Errorf("%s: got %q, %v", content, got, err)
@@ -37,9 +41,94 @@ func TestHTTPRefusalOfContentThatNeverComes(t *testing.T) {
 func TestHTTPUnauthorizedEndsConn(t *testing.T) {
 	addr, _ := startHTTP(t, &HTTP{Users: Users{"me": "secret"}}, hosts(nil))
 	c := dialAddr(t, addr)
-	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.SetDeadline(time.Now().Add(3 * time.Second))
 	fmt.Fprintf(c, "GET http://a.test/ HTTP/1.1\r\nHost: x\r\n\r\n")
 	if got, err := io.ReadAll(c); err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 407 ") {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+// TestHTTPConversation checks that an answer arrives which the origin begins, and the client reads, before the request is complete.
+func TestHTTPConversation(t *testing.T) {
+	addr, _ := startHTTP(t, new(HTTP), hosts(nil))
+	o := scripted(t, func(c net.Conn, r *bufio.Reader) {
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+		for range 3 {
+			r.ReadString('\n') // a chunk's length
+			line, err := r.ReadString('\n')
+			if err != nil {
+				return
+			}
+			r.ReadString('\n')
+			fmt.Fprintf(c, "%x\r\n%s\r\n", len(line), line)
+		}
+		io.WriteString(c, "0\r\n\r\n")
+	})
+	c := dialAddr(t, addr)
+	c.SetDeadline(time.Now().Add(3 * time.Second))
+	fmt.Fprintf(c, "POST http://%s/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", o.Addr.HostPort())
+	say := func(s string) { fmt.Fprintf(c, "%x\r\n%s\r\n", len(s), s) }
+	say("one\n")
+	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer := bufio.NewReader(resp.Body)
+	for i, s := range []string{"one\n", "two\n", "three\n"} {
+		if i > 0 {
+			say(s)
+		}
+		if got, err := answer.ReadString('\n'); err != nil || got != s {
+			t.Fatalf("got %q, %v; want %q", got, err, s)
+		}
+	}
+	io.WriteString(c, "0\r\n\r\n")
+	if _, err := answer.ReadByte(); err != io.EOF {
+		t.Errorf("after the answer: %v", err)
+	}
+}
+
+// TestHTTPAnswerBeforeContent checks that an answer which its origin has completed before the client has sent all that it announced is
+// complete for the client, too, and that what the client sends then is not taken for a request.
+func TestHTTPAnswerBeforeContent(t *testing.T) {
+	addr, _ := startHTTP(t, new(HTTP), hosts(nil))
+	for _, head := range []string{"Content-Length: 2\r\n\r\nno", "Transfer-Encoding: chunked\r\n\r\n2\r\nno\r\n0\r\n\r\n"} {
+		o := scripted(t, func(c net.Conn, r *bufio.Reader) {
+			r.ReadByte()
+			io.WriteString(c, "HTTP/1.1 413 Too Large\r\n"+head)
+		})
+		for _, content := range []string{"Content-Length: 100000", "Transfer-Encoding: chunked"} {
+			c := dialAddr(t, addr)
+			c.SetDeadline(time.Now().Add(3 * time.Second))
+			fmt.Fprintf(c, "POST http://%s/ HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n3\r\nabc\r\n", o.Addr.HostPort(), content)
+			r := bufio.NewReader(c)
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil {
+				t.Fatalf("%s, %q: %v", content, head, err)
+			}
+			if b, err := io.ReadAll(resp.Body); err != nil || string(b) != "no" || resp.StatusCode != 413 {
+				t.Errorf("%s, %q: got %v %q, %v", content, head, resp.Status, b, err)
+			}
+			get(c, o, "")
+			got, err := io.ReadAll(r)
+			if err != nil && !errors.Is(err, syscall.ECONNRESET) || len(got) > 0 && !strings.HasPrefix(string(got), "HTTP/1.1 400 ") {
+				t.Errorf("%s, %q: then got %q, %v", content, head, got, err)
+			}
+		}
+	}
+}
+
+// TestHTTPTornAnswerBeforeContent checks that a client hears of an answer that was broken off before it has sent all that it announced.
+func TestHTTPTornAnswerBeforeContent(t *testing.T) {
+	addr, _ := startHTTP(t, new(HTTP), hosts(nil))
+	o := scripted(t, func(c net.Conn, _ *bufio.Reader) {
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart")
+	})
+	c := dialAddr(t, addr)
+	c.SetDeadline(time.Now().Add(3 * time.Second))
+	fmt.Fprintf(c, "POST http://%s/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n", o.Addr.HostPort())
+	got, err := io.ReadAll(c)
+	if !errors.Is(err, syscall.ECONNRESET) || !strings.HasSuffix(string(got), "\r\n\r\npart") {
 		t.Errorf("got %q, %v", got, err)
 	}
 }
