@@ -192,7 +192,7 @@ func (w *httpWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		w.f.conn.head = append(append([]byte(nil), early...), w.f.conn.head...)
 		rw.Reader.Reset(w.f.conn)
 	}
-	w.f.transport.CloseIdleConnections() // there will be no more requests
+	w.f.closeIdle() // there will be no more requests
 	w.f.conn.taken.Store(true)
 	return conn, rw, nil
 }

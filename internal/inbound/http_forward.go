@@ -44,11 +44,11 @@ type forwarding struct {
 	end     func() // ends the service of requests
 
 	proxy     httputil.ReverseProxy
-	transport *http.Transport
+	transport *http.Transport // of user; nil before the first request
+	user      string          // of the request that is being served
 
 	mu      sync.Mutex
-	user    string // of the request that is being served
-	ended   bool   // no more sessions
+	ended   bool // no more sessions
 	origins sync.WaitGroup
 
 	tunnel *tunnel // the CONNECT that the client has ended its plain requests with
@@ -61,24 +61,16 @@ func (s *HTTP) serveForward(ctx context.Context, h proxy.Handler, c *client, got
 	f := &forwarding{http: s, handler: h, client: c, ctx: sessions, abort: abort}
 	watched, unwatch := relay.ResetContext(ctx, c.bare)
 	f.conn = &httpConn{Conn: c.bare, client: c, head: got, lost: watched.Done(), interrupt: make(chan struct{}, 1)}
-	transport := &http.Transport{
-		DialContext:           f.dial,
-		DisableCompression:    true,
-		MaxIdleConnsPerHost:   originsPerHost,
-		IdleConnTimeout:       originKeep,
-		ExpectContinueTimeout: continueWait,
-	}
 	errorLog := slog.NewLogLogger(c.l.s.log.Handler(), slog.LevelDebug)
 	f.proxy = httputil.ReverseProxy{
 		Rewrite:       rewrite,
-		Transport:     transport,
 		FlushInterval: -1,
 		BufferPool:    copyBuffers{},
 		ErrorLog:      errorLog,
 		ErrorHandler:  f.failed,
 	}
 	one := &oneConn{conn: f.conn, stopping: c.l.s.closed, done: make(chan struct{})}
-	f.end, f.transport = one.end, transport
+	f.end = one.end
 	one.server = http.Server{
 		Handler:                      f,
 		ConnState:                    one.state,
@@ -93,7 +85,7 @@ func (s *HTTP) serveForward(ctx context.Context, h proxy.Handler, c *client, got
 	stop()
 	unwatch()
 
-	transport.CloseIdleConnections()
+	f.closeIdle()
 	switch {
 	case f.tunnel != nil:
 		h.HandleStream(ctx, c.flow(f.tunnel.dst, f.user), f.tunnel)
@@ -148,9 +140,7 @@ func (f *forwarding) serve(w http.ResponseWriter, r *http.Request) {
 		refuse(w, r, unauthorized)
 		return
 	}
-	f.mu.Lock()
-	f.user = user
-	f.mu.Unlock()
+	f.setUser(user)
 	if r.Method == http.MethodConnect {
 		f.connect(w, r)
 		return
@@ -175,6 +165,32 @@ func (f *forwarding) endContent(r *http.Request) {
 	f.conn.SetReadDeadline(time.Now().Add(hangUpTime))
 	if r.Body.Close() != nil {
 		f.conn.spent.Store(true)
+	}
+}
+
+// setUser says whose the next request is. No two users share a conn to an origin: each was routed for one.
+func (f *forwarding) setUser(user string) {
+	if f.transport != nil && f.user == user {
+		return
+	}
+	f.closeIdle()
+	f.user = user
+	f.transport = &http.Transport{
+		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			return f.dial(ctx, addr, user)
+		},
+		DisableCompression:    true,
+		MaxIdleConnsPerHost:   originsPerHost,
+		IdleConnTimeout:       originKeep,
+		ExpectContinueTimeout: continueWait,
+	}
+	f.proxy.Transport = f.transport
+}
+
+// closeIdle closes the conns to origins, those that are in use as soon as they are not.
+func (f *forwarding) closeIdle() {
+	if f.transport != nil {
+		f.transport.CloseIdleConnections()
 	}
 }
 
@@ -274,7 +290,7 @@ func listed(connection []string, name string) bool {
 }
 
 // dial opens a conn to an origin, as a session of the handler.
-func (f *forwarding) dial(ctx context.Context, _, addr string) (net.Conn, error) {
+func (f *forwarding) dial(ctx context.Context, addr, user string) (net.Conn, error) {
 	host, digits, err := net.SplitHostPort(addr)
 	if err != nil {
 		return nil, err
@@ -291,7 +307,7 @@ func (f *forwarding) dial(ctx context.Context, _, addr string) (net.Conn, error)
 		return nil, net.ErrClosed
 	}
 	f.origins.Add(1)
-	flow := f.client.flow(proxy.TCP(host, uint16(port)), f.user)
+	flow := f.client.flow(proxy.TCP(host, uint16(port)), user)
 	f.mu.Unlock()
 
 	stop := context.AfterFunc(ctx, cancel) // ctx is that of the dial; the session outlives it

@@ -2,15 +2,20 @@ package inbound
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/sluice-proxy/sluice/internal/proxy"
+	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
 // TestHTTPRefusalOfContentThatNeverComes checks that a client hears no although it has not sent the content that it has announced,
@@ -130,5 +135,48 @@ func TestHTTPTornAnswerBeforeContent(t *testing.T) {
 	got, err := io.ReadAll(c)
 	if !errors.Is(err, syscall.ECONNRESET) || !strings.HasSuffix(string(got), "\r\n\r\npart") {
 		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+// flowsOf is an engine that records the flows it is given.
+type flowsOf struct {
+	*proxy.Engine
+	mu    sync.Mutex
+	flows []proxy.Flow
+}
+
+func (h *flowsOf) HandleStream(ctx context.Context, f proxy.Flow, p proxy.Pending) {
+	h.mu.Lock()
+	h.flows = append(h.flows, f)
+	h.mu.Unlock()
+	h.Engine.HandleStream(ctx, f, p)
+}
+
+// TestHTTPUserOfAnotherRequest checks that a request does not go out over a conn that was routed for another user, as
+// happens behind a proxy whose users share its conns.
+func TestHTTPUserOfAnotherRequest(t *testing.T) {
+	h := &flowsOf{Engine: &proxy.Engine{Router: proxy.Static{Name: "direct", Dialer: hosts(nil)}}}
+	addr := serveHTTP(t, &HTTP{Users: Users{"a": "1", "b": "2"}}, h, h.Sessions)
+	o := proxytest.Listen(t, "tcp", func(c net.Conn) {
+		for r := bufio.NewReader(c); readRequestHead(r) != ""; {
+			io.WriteString(c, "HTTP/1.1 204 No Content\r\n\r\n")
+		}
+	})
+	c := dialAddr(t, addr)
+	r := bufio.NewReader(c)
+	for _, auth := range []string{"YTox", "YTox", "Yjoy", "YTox"} {
+		get(c, o, "Proxy-Authorization: Basic "+auth+"\r\n")
+		if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 204 {
+			t.Fatalf("got %v, %v", resp, err)
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var users []string
+	for _, f := range h.flows {
+		users = append(users, f.User)
+	}
+	if got := strings.Join(users, " "); got != "a b a" {
+		t.Errorf("sessions of the users %q, want those of a, b and a", got)
 	}
 }
