@@ -260,6 +260,7 @@ func rewrite(p *httputil.ProxyRequest) {
 			p.Out.Header[name] = v
 		}
 	}
+	p.Out.Trailer = p.In.Trailer // its values come behind the content
 	u := p.Out.URL
 	u.User = nil
 	u.RawQuery, u.ForceQuery = p.In.URL.RawQuery, p.In.URL.ForceQuery

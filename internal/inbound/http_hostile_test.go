@@ -180,3 +180,15 @@ func TestHTTPUserOfAnotherRequest(t *testing.T) {
 		t.Errorf("sessions of the users %q, want those of a, b and a", got)
 	}
 }
+
+// TestHTTPRequestTrailer checks that what a client says behind its content arrives.
+func TestHTTPRequestTrailer(t *testing.T) {
+	addr, _ := startHTTP(t, new(HTTP), hosts(nil))
+	o := origin(t)
+	c := dialAddr(t, addr)
+	fmt.Fprintf(c, "POST %s/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\nConnection: close\r\n\r\n"+
+		"3\r\nabc\r\n0\r\nX-Sum: 42\r\n\r\n", o.URL)
+	if got, err := io.ReadAll(c); err != nil || !strings.Contains(string(got), "X-Sum:[42]") {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
