@@ -192,6 +192,24 @@ func TestTargets(t *testing.T) {
 	}
 }
 
+// TestTargetsUnspecified checks that a rule for loopback is not evaded by the address that means this machine, too.
+func TestTargetsUnspecified(t *testing.T) {
+	for entry, hosts := range map[string][2][]string{
+		"127.0.0.0/8": {{"127.0.0.1", "0.0.0.0", "0", "0x0", "::ffff:0.0.0.0", "0.0.0.0."}, {"::", "::1", "0.0.0.1"}},
+		"::1":         {{"::1", "::", "::%lo"}, {"0.0.0.0", "::2"}},
+		"0.0.0.0":     {{"0.0.0.0"}, {"127.0.0.1", "::"}},
+	} {
+		set := targets(t, entry)
+		for i, want := range []bool{true, false} {
+			for _, host := range hosts[i] {
+				if got := set.Contains(host); got != want {
+					t.Errorf("%s: %s: %v, want %v", entry, host, got, want)
+				}
+			}
+		}
+	}
+}
+
 func TestTargetErrors(t *testing.T) {
 	for entry, want := range map[string]string{
 		"10.0.0.1/8":              `"10.0.0.1/8" has bits behind the prefix: write 10.0.0.0/8, or 10.0.0.1 for one address`,

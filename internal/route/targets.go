@@ -24,7 +24,7 @@ import (
 // Names are compared without regard to case and to a dot at their end. Nothing is resolved: a network
 // does not hold a name that resolves to one of its addresses, and a name does not hold the address that it
 // resolves to. A host that is an IPv4 address in a form that only the C library knows (127.1, 0x7f000001) is
-// that address.
+// that address. The unspecified address, 0.0.0.0 or ::, is loopback as well, since who connects to it comes there.
 type Targets struct {
 	networks bart.Lite
 	names    map[string]scope
@@ -110,7 +110,7 @@ func (t *Targets) Contains(name string) bool {
 
 func (t *Targets) contains(h *host) bool {
 	if h.ip.IsValid() {
-		return t.networks.Contains(h.ip)
+		return t.networks.Contains(h.ip) || h.ip.IsUnspecified() && t.networks.Contains(loopback(h.ip))
 	}
 	if len(t.names) == 0 {
 		return false
@@ -125,6 +125,14 @@ func (t *Targets) contains(h *host) bool {
 		}
 	}
 	return false
+}
+
+// loopback returns the loopback address of the family of ip.
+func loopback(ip netip.Addr) netip.Addr {
+	if ip.Is4() {
+		return netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
+	return netip.IPv6Loopback()
 }
 
 // host is a destination in the form that Targets compares.
