@@ -31,8 +31,8 @@ type Table struct {
 	UserOnly bool // find no more than Owner.UID, which costs less
 
 	mu     sync.Mutex
-	known  map[socket]finding
-	recent []int // processes that were found, the last one first
+	known  map[uint64]finding // by the socket's inode: its addresses may be another's the next moment
+	recent []int              // processes that were found, the last one first
 
 	scan sync.Mutex // one at a time looks through all processes
 }
@@ -44,12 +44,11 @@ type socket struct {
 
 type finding struct {
 	owner Owner
-	found bool
 	until time.Time
 }
 
 const (
-	knowFor    = 2 * time.Second // a port is rarely another's sooner
+	knowFor    = 2 * time.Second // a socket rarely goes to another process sooner
 	knowMost   = 4096
 	recentMost = 16
 	scanFor    = time.Second // a machine with so many processes that it takes longer is not served
@@ -62,42 +61,24 @@ func (t *Table) Owner(client, peer netip.AddrPort, network string) (Owner, bool)
 	if !client.IsValid() {
 		return Owner{}, false
 	}
-	s := socket{unmapped(client), unmapped(peer), network}
-	if f, ok := t.recall(s); ok {
-		return f.owner, f.found
+	uid, inode, ok := socketOf(socket{unmapped(client), unmapped(peer), network})
+	if !ok || t.UserOnly {
+		return Owner{UID: uid}, ok
+	}
+	if o, ok := t.recall(inode); ok {
+		return o, true
 	}
 	t.scan.Lock()
 	defer t.scan.Unlock()
-	if f, ok := t.recall(s); ok { // another asked the same meanwhile
-		return f.owner, f.found
-	}
-	var f finding
-	f.owner, f.found = t.find(s)
-	f.until = time.Now().Add(knowFor)
-	t.remember(s, f)
-	return f.owner, f.found
-}
-
-// Known returns what Owner found a moment ago. It does no I/O; ok is false where Owner would have to.
-func (t *Table) Known(client, peer netip.AddrPort, network string) (o Owner, found, ok bool) {
-	f, ok := t.recall(socket{unmapped(client), unmapped(peer), network})
-	return f.owner, f.found, ok
-}
-
-func (t *Table) find(s socket) (Owner, bool) {
-	uid, inode, ok := socketOf(s)
-	if !ok {
-		return Owner{}, false
+	if o, ok := t.recall(inode); ok { // another asked the same meanwhile
+		return o, true
 	}
 	o := Owner{UID: uid}
-	if t.UserOnly {
-		return o, true
+	if o.PID = holder(inode, t.recent, time.Now().Add(scanFor)); o.PID != 0 {
+		o.Path, o.Cgroup = describe(o.PID)
+		t.recent = firstPID(t.recent, o.PID)
 	}
-	if o.PID = holder(inode, t.recent, time.Now().Add(scanFor)); o.PID == 0 {
-		return o, true
-	}
-	o.Path, o.Cgroup = describe(o.PID)
-	t.recent = firstPID(t.recent, o.PID)
+	t.remember(inode, finding{o, time.Now().Add(knowFor)})
 	return o, true
 }
 
@@ -112,20 +93,20 @@ func firstPID(recent []int, pid int) []int {
 	return all
 }
 
-func (t *Table) recall(s socket) (finding, bool) {
+func (t *Table) recall(inode uint64) (Owner, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	f, ok := t.known[s]
-	return f, ok && time.Now().Before(f.until)
+	f, ok := t.known[inode]
+	return f.owner, ok && time.Now().Before(f.until)
 }
 
-func (t *Table) remember(s socket, f finding) {
+func (t *Table) remember(inode uint64, f finding) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.known) >= knowMost || t.known == nil {
-		t.known = make(map[socket]finding)
+		t.known = make(map[uint64]finding)
 	}
-	t.known[s] = f
+	t.known[inode] = f
 }
 
 func unmapped(a netip.AddrPort) netip.AddrPort {

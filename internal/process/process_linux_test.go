@@ -7,6 +7,10 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/internal/proxytest"
 )
 
 // pair returns a client's conn to a listener on loopback of the network, and its two addresses.
@@ -87,12 +91,45 @@ func TestOwnerOfNothing(t *testing.T) {
 		t.Fatal("the client was not found")
 	}
 	c.Close()
-	if _, found, ok := table.Known(client, peer, "tcp"); !found || !ok {
-		t.Error("what was found is not known a moment later")
-	}
-	fresh := Table{UserOnly: true}
-	if o, ok := fresh.Owner(client, peer, "tcp"); ok {
+	if o, ok := table.Owner(client, peer, "tcp"); ok {
 		t.Errorf("a closed socket belongs to %+v", o)
+	}
+}
+
+// TestOwnerOfTheNextSocket: who takes a port that was another user's a moment ago is not taken for that user.
+func TestOwnerOfTheNextSocket(t *testing.T) {
+	proxytest.NeedRoot(t)
+	_, peer, _ := pair(t, "tcp", "127.0.0.1:0")
+	for _, userOnly := range []bool{true, false} {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: int(proxytest.FreePort(t))}}
+		c, err := d.Dial("tcp", peer.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		client := c.LocalAddr().(*net.TCPAddr).AddrPort()
+		raw, err := c.(*net.TCPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		const nobody = 65534
+		raw.Control(func(fd uintptr) { err = unix.Fchown(int(fd), nobody, nobody) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		table := Table{UserOnly: userOnly}
+		if o, ok := table.Owner(client, peer, "tcp"); !ok || o.UID != nobody {
+			t.Fatalf("%+v, %v", o, ok)
+		}
+		c.(*net.TCPConn).SetLinger(0)
+		c.Close()
+		next, err := d.Dial("tcp", peer.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer next.Close()
+		if o, ok := table.Owner(client, peer, "tcp"); !ok || o.UID != 0 {
+			t.Errorf("user only %v: %+v, %v", userOnly, o, ok)
+		}
 	}
 }
 
@@ -108,8 +145,7 @@ func TestUserOnly(t *testing.T) {
 func TestKnownIsBounded(t *testing.T) {
 	var table Table
 	for i := range 3 * knowMost {
-		a := netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, byte(i >> 8), byte(i)}), 1)
-		table.remember(socket{client: a}, finding{until: time.Now().Add(time.Hour)})
+		table.remember(uint64(i), finding{until: time.Now().Add(time.Hour)})
 		if len(table.known) > knowMost {
 			t.Fatalf("%d are known", len(table.known))
 		}
@@ -151,7 +187,7 @@ func BenchmarkOwner(b *testing.B) {
 	table.Owner(client, peer, "tcp")
 	b.Run("known", func(b *testing.B) {
 		for b.Loop() {
-			table.Known(client, peer, "tcp")
+			table.Owner(client, peer, "tcp")
 		}
 	})
 	b.Run("user", func(b *testing.B) {
@@ -161,7 +197,8 @@ func BenchmarkOwner(b *testing.B) {
 	})
 	b.Run("recent process", func(b *testing.B) {
 		for b.Loop() {
-			table.find(socket{client, peer, "tcp"})
+			clear(table.known)
+			table.Owner(client, peer, "tcp")
 		}
 	})
 	b.Run("all processes", func(b *testing.B) { // an inode that nobody has

@@ -39,8 +39,6 @@ type Rule struct {
 type Owners interface {
 	// Owner may block for a moment.
 	Owner(client, peer netip.AddrPort, network string) (process.Owner, bool)
-	// Known does not; ok is false where Owner is to be asked.
-	Known(client, peer netip.AddrPort, network string) (o process.Owner, found, ok bool)
 }
 
 // Router chooses by rules. Its fields are not changed once it is used. Choosing allocates nothing.
@@ -116,11 +114,11 @@ func (r *Router) owner(f *proxy.Flow, mayBlock bool) (o process.Owner, found, ok
 	if f.Dst.Network == "udp" {
 		network = "udp"
 	}
-	if mayBlock {
-		o, found = r.Owners.Owner(f.Client, f.Local, network)
-		return o, found, true
+	if !mayBlock {
+		return o, false, false
 	}
-	return r.Owners.Known(f.Client, f.Local, network)
+	o, found = r.Owners.Owner(f.Client, f.Local, network)
+	return o, found, true
 }
 
 // holds says whether the conditions hold that can be known without I/O.
