@@ -194,6 +194,9 @@ func (g *Group) order() (order []*member, up int) {
 	case g.Policy == LeastLatency:
 		g.sortByLatency(order)
 	}
+	if up > 0 && order[0].down {
+		order[0].retry = now.Add(g.interval()) // this flow tries it again; others need not wait for what becomes of that
+	}
 	return append(order, down...), up
 }
 

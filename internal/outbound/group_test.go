@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -181,6 +182,37 @@ func TestDownAndUpWithoutChecks(t *testing.T) {
 		}
 		if strings.Join(log.all, "\n") != strings.Join(want, "\n") {
 			t.Errorf("logged\n%s\nwant\n%s", strings.Join(log.all, "\n"), strings.Join(want, "\n"))
+		}
+	})
+}
+
+// TestOneFlowTriesAgain: while one flow finds out whether a member is up again that does not answer, the others do not wait for that.
+func TestOneFlowTriesAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := &scripted{err: errDown}, &scripted{}
+		g, _ := groupOf(Fallback, a, b)
+		dial(t, g, a, b)
+		a.set(nil, time.Hour)
+		time.Sleep(DefaultCheckInterval)
+		begin := time.Now()
+		var all sync.WaitGroup
+		var late atomic.Int32
+		for range 10 {
+			all.Go(func() {
+				c, err := g.DialStream(t.Context(), proxy.TCP("example.com", 80))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				c.Close()
+				if time.Since(begin) > 0 {
+					late.Add(1)
+				}
+			})
+		}
+		all.Wait()
+		if n := a.count(); n != 1 || late.Load() != 1 {
+			t.Errorf("%d dials through it, and %d flows waited; want 1 and 1", n, late.Load())
 		}
 	})
 }
