@@ -11,6 +11,7 @@
 package config
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -255,10 +256,10 @@ type SSHHost struct {
 
 // UnmarshalText reads a server.
 func (h *SSHHost) UnmarshalText(text []byte) error {
-	a, err := sshlink.ParseHost(string(text))
-	if err == nil && a.User != "" {
-		err = fmt.Errorf("%q: the user stands by itself, as user", text)
+	if i := bytes.LastIndexByte(text, '@'); i >= 0 { // what is before it may have a password
+		return fmt.Errorf("%q: the user stands by itself, as user", "..."+string(text[i:]))
 	}
+	a, err := sshlink.ParseHost(string(text))
 	*h = SSHHost{a.Host, a.Port}
 	return err
 }

@@ -137,3 +137,12 @@ inbounds:
 		t.Errorf("a host that is its own jump host: %v", err)
 	}
 }
+
+// TestSSHHostKeepsSecrets checks that a password which somebody writes in front of a host is not in the error.
+func TestSSHHostKeepsSecrets(t *testing.T) {
+	for _, s := range []string{"me:secret@h", "ssh://me:secret@h:22", "me:secret@h:no", "me:secret@"} {
+		if err := new(SSHHost).UnmarshalText([]byte(s)); err == nil || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%s: %v", s, err)
+		}
+	}
+}

@@ -89,6 +89,9 @@ func parseAddr(s string) (Addr, error) {
 	if !ok {
 		network, rest = "tcp", s
 	}
+	if i := strings.LastIndexByte(rest, '@'); i >= 0 && network != "unix" { // what is before it may be a secret
+		return Addr{}, fmt.Errorf("proxy: address %q: an address has no user or password", "..."+rest[i:])
+	}
 	switch network {
 	case "unix":
 		if rest == "" {

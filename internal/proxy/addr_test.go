@@ -52,7 +52,7 @@ func TestParseAddr(t *testing.T) {
 		"99999":                              `port "99999" is not a number`,
 		"example.com:+80":                    `port "+80" is not a number`,
 		"a b:80":                             "not a host name",
-		"user@host:80":                       "not a host name",
+		"user@host:80":                       "an address has no user",
 		"http://example.com:80":              `unknown scheme "http"`,
 		"unix://":                            "missing path",
 		"unix://" + strings.Repeat("x", 200): "107 bytes",
@@ -60,6 +60,17 @@ func TestParseAddr(t *testing.T) {
 		for _, parse := range []func(string) (Addr, error){ParseListen, ParseDst} {
 			if a, err := parse(in); err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("parse %q: %+v, %v; want %s", in, a, err, want)
+			}
+		}
+	}
+}
+
+// TestAddrErrorsKeepSecrets checks that a password which somebody writes into an address is not in the error.
+func TestAddrErrorsKeepSecrets(t *testing.T) {
+	for _, s := range []string{"me:secret@h:80", "socks5://me:secret@h:80", "tcp://me:secret@h", "me:se@cret@h:80", "secret@"} {
+		for _, parse := range []func(string) (Addr, error){ParseDst, ParseListen} {
+			if a, err := parse(s); err == nil || strings.Contains(err.Error(), "cret") {
+				t.Errorf("%s: %v, %v", s, a, err)
 			}
 		}
 	}
