@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -139,8 +140,60 @@ func (c *Config) fillInbound(l *errorList, in *Inbound, path string, outboundsSo
 			l.add(path+".via", "%s carries streams only, and %v takes datagrams in", streamsOnly(hops), in.Listen)
 		case t.isFar() && len(hops) > 0 && hops[len(hops)-1].out.Type != "ssh":
 			l.add(path+".via", "type %s listens at an SSH server, which must be the last hop (as in ssh://host)", t.name)
+		case t.isFar():
+		case c.leadsBack(hops, proxy.Addr(in.Listen)):
+			l.add(path+".via", "leads back to %v, where this inbound listens: each connection would make another", in.Listen)
+		case isDirect(hops) && len(c.Rules) == 0 && comesTo(proxy.Addr(in.To), proxy.Addr(in.Listen)):
+			l.add(path+".to", "is where this inbound listens: each connection would make another")
 		}
 	}
+}
+
+// leadsBack says whether the first proxy of the hops, or of a group's member, is what listens at listen. The others are where that leads.
+func (c *Config) leadsBack(hops []hop, listen proxy.Addr) bool {
+	if len(hops) > 1 && isDirect(hops[:1]) {
+		hops = hops[1:]
+	}
+	if len(hops) == 0 {
+		return false
+	}
+	first := hops[0].out
+	return comesTo(proxy.Addr(first.Server), listen) || slices.ContainsFunc(first.Members, func(m string) bool {
+		way, err := c.chain([]string{m})
+		return err == nil && c.leadsBack(way, listen)
+	})
+}
+
+// isDirect says whether there is no proxy among the hops.
+func isDirect(hops []hop) bool {
+	return len(hops) == 0 || len(hops) == 1 && hops[0].out.Type == "direct"
+}
+
+// comesTo says whether who connects to dst comes to a listener at listen, as far as their texts tell.
+func comesTo(dst, listen proxy.Addr) bool {
+	if dst.Network != listen.Network || dst.Port != listen.Port || dst.Host == "" || dst.Network != "unix" && dst.Port == 0 {
+		return false
+	}
+	ip, at := hostIP(dst), hostIP(listen)
+	switch {
+	case dst.Host == listen.Host:
+		return true
+	case !ip.IsValid() || listen.Network == "unix":
+		return false
+	case listen.Host == "" || at == netip.IPv6Unspecified():
+		return ip.IsLoopback()
+	case at == netip.IPv4Unspecified():
+		return ip.IsLoopback() && ip.Is4()
+	}
+	return ip == at
+}
+
+// hostIP returns the address that the host of a is, 127.0.0.1 for localhost; the zero Addr for another name.
+func hostIP(a proxy.Addr) netip.Addr {
+	if a.Host == "localhost" {
+		return netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
+	return a.IP().Unmap()
 }
 
 // fillDatagrams checks what is about datagrams. The place to listen at decides whether a forward carries them, so its destination

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"reflect"
@@ -279,7 +280,7 @@ inbounds:
   users-file: ""      # inbounds[5].users-file: is empty: give a value or remove the key
 - {type: http, listen: localhost:1085}
 - {type: http, listen: unix:///run/x}
-- {type: forward, listen: :80, to: 80}
+- {type: forward, listen: :80, to: 81}
 `, ""},
 		{"via", `
 inbounds:
@@ -514,4 +515,34 @@ func read(t testing.TB, name string) string {
 		t.Fatal(err)
 	}
 	return string(data)
+}
+
+// TestLoops checks that an inbound whose connections would all come back to it is refused, and no other.
+func TestLoops(t *testing.T) {
+	const (
+		forward = "inbounds: [{type: forward, listen: %q, to: %q}]"
+		proxied = "inbounds: [{type: mixed, listen: %q, open: true, via: [%q]}]"
+		chained = "inbounds: [{type: forward, listen: %q, to: %q, via: [\"ssh://h\", \"socks5://127.0.0.1:8080\"]}]"
+		grouped = "inbounds: [{type: mixed, listen: %q, open: true, via: [g]}]\n" +
+			"outbounds: [{name: g, type: group, members: [direct, x]}, {name: x, type: socks5, server: %q}]"
+	)
+	for _, tt := range []struct {
+		form, listen, to string
+		loop             bool
+	}{
+		{forward, "8080", "8080", true}, {forward, "8080", "localhost:8080", true}, {forward, ":8080", "127.0.0.2:8080", true},
+		{forward, "0.0.0.0:8080", "127.0.0.1:8080", true}, {forward, "[::]:8080", "[::1]:8080", true}, {forward, "[::ffff:127.0.0.1]:1", "1", true},
+		{forward, "udp://8080", "8080", true}, {forward, "unix:///a", "unix:///a", true}, {forward, "10.0.0.1:80", "10.0.0.1:80", true},
+		{forward, "8080", "8081", false}, {forward, "8080", "127.0.0.2:8080", false}, {forward, "8080", "[::1]:8080", false},
+		{forward, "0.0.0.0:8080", "[::1]:8080", false}, {forward, ":8080", "example.com:8080", false}, {forward, "0", "1", false},
+		{forward, "unix:///a", "unix:///b", false},
+		{proxied, "1080", "socks5://127.0.0.1:1080", true}, {proxied, ":1080", "http://localhost:1080", true},
+		{proxied, "1080", "socks5://127.0.0.1:1081", false}, {proxied, ":1080", "socks5://10.0.0.1:1080", false},
+		{chained, "8080", "127.0.0.1:8080", false}, {grouped, "1080", "127.0.0.1:1080", true}, {grouped, "1080", "127.0.0.1:1081", false},
+	} {
+		_, err := Load("f.yaml", fmt.Appendf(nil, tt.form, tt.listen, tt.to))
+		if got := err != nil && strings.Contains(err.Error(), "each connection would make another"); got != tt.loop || err != nil && !got {
+			t.Errorf("%s to %s: %v", tt.listen, tt.to, err)
+		}
+	}
 }
