@@ -36,7 +36,7 @@ func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) 
 	}
 	st := new(relay.PacketStats)
 	s.setPackets(st)
-	res := e.Relay.JoinPackets(ctx, c, origin, st)
+	res := e.Relay.JoinPackets(ctx, c, permit(origin, e.Router, f), st)
 	err = res.Err
 	if res.End == relay.Idle || res.First == relay.A && errors.Is(err, net.ErrClosed) {
 		err = nil // this is how datagrams end

@@ -118,6 +118,59 @@ func TestPacketsAreRelayedUntilTheirEnd(t *testing.T) {
 	}
 }
 
+// addressed is a client's end whose datagrams go to the host that they name.
+type addressed struct{ *packetEnd }
+
+func (c addressed) ReadPacket(p *relay.Packet) error {
+	err := c.packetEnd.ReadPacket(p)
+	p.Endpoint.Name = string(p.Data)
+	return err
+}
+
+// secretRule denies one host.
+type secretRule struct{ way proxy.Dialer }
+
+type denier struct{ proxy.Dialer }
+
+func (denier) Denied(proxy.Addr) error { return proxy.ErrDenied }
+
+func (r secretRule) Route(f proxy.Flow) (string, proxy.Dialer) {
+	if f.Dst.Host == "secret.test" && f.User == "me" {
+		return "reject", denier{}
+	}
+	return "way", r.way
+}
+
+// TestLaterPacketsAreDenied checks that a client does not get where the rules deny it by having been somewhere else before.
+func TestLaterPacketsAreDenied(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		origin, client := newPacketEnd(), newPacketEnd()
+		e := &proxy.Engine{Router: secretRule{packetWay{dial: func(context.Context) (relay.PacketConn, error) { return origin, nil }}}}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			e.HandlePackets(t.Context(), proxy.Flow{User: "me", Dst: proxy.UDP("nowhere.test", 7)}, addressed{client})
+		}()
+		for _, host := range []string{"nowhere.test", "secret.test", "elsewhere.test", "secret.test"} {
+			client.in <- host
+		}
+		synctest.Wait()
+		client.Close()
+		<-done
+		close(origin.out)
+		var got []string
+		for s := range origin.out {
+			got = append(got, s)
+		}
+		if s := strings.Join(got, " "); s != "nowhere.test elsewhere.test" {
+			t.Errorf("what came out: %s", s)
+		}
+		if len(client.refused) != 2 || !errors.Is(client.refused[0], proxy.ErrDenied) {
+			t.Errorf("the client was told %v", client.refused)
+		}
+	})
+}
+
 // TestPacketsWithoutAWay: the client is told, and the log says why.
 func TestPacketsWithoutAWay(t *testing.T) {
 	for _, tt := range []struct {
