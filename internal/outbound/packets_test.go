@@ -141,6 +141,9 @@ func TestDirectPacketsCloseEndsResolving(t *testing.T) {
 
 func TestPacketsThatCannotBe(t *testing.T) {
 	proxytest.NoLeaks(t)
+	if _, err := (Reject{}).Bind(t.Context(), proxy.TCP("192.0.2.1", 0)); proxy.ReasonOf(err) != proxy.Denied {
+		t.Errorf("reject: bind: %v", err)
+	}
 	if _, err := (Reject{}).DialPackets(t.Context(), proxy.UDP("192.0.2.1", 53)); proxy.ReasonOf(err) != proxy.Denied {
 		t.Errorf("reject: %v", err)
 	}

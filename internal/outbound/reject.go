@@ -14,6 +14,7 @@ type Reject struct{}
 
 var (
 	_ proxy.PacketDialer = Reject{}
+	_ proxy.Binder       = Reject{}
 	_ proxy.Denier       = Reject{}
 )
 
@@ -30,4 +31,9 @@ func (r Reject) DialStream(_ context.Context, dst proxy.Addr) (net.Conn, error) 
 // DialPackets implements proxy.PacketDialer. Its error is proxy.ErrDenied.
 func (r Reject) DialPackets(_ context.Context, dst proxy.Addr) (relay.PacketConn, error) {
 	return nil, r.Denied(dst)
+}
+
+// Bind implements proxy.Binder. Its error is proxy.ErrDenied.
+func (r Reject) Bind(_ context.Context, from proxy.Addr) (net.Listener, error) {
+	return nil, r.Denied(from)
 }
