@@ -15,7 +15,9 @@ import (
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/lexer"
 	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
 )
 
 // maxFile bounds every file that is read: a configuration or a list of users this large is a mistake.
@@ -38,6 +40,10 @@ func Load(name string, data []byte) (*Config, error) {
 	d := decoder{errorList{src: &c.src}}
 	root, err := parse(data)
 	if err != nil {
+		if e, ok := errors.AsType[*Error](err); ok {
+			e.File = name
+			return nil, e
+		}
 		e := &Error{File: name, Err: err}
 		if y, ok := errors.AsType[yaml.Error](err); ok {
 			e.Err = errors.New(y.GetMessage())
@@ -90,7 +96,11 @@ func parse(data []byte) (root ast.Node, err error) {
 			root, err = nil, fmt.Errorf("not valid YAML (%v)", p)
 		}
 	}()
-	file, err := parser.ParseBytes(data, 0, parser.AllowDuplicateMapKey()) // value reports them, with their path
+	tokens := lexer.Tokenize(string(data))
+	if err := checkDepth(tokens); err != nil {
+		return nil, err
+	}
+	file, err := parser.Parse(tokens, 0, parser.AllowDuplicateMapKey()) // value reports them, with their path
 	if err != nil {
 		return nil, err
 	}
@@ -104,6 +114,31 @@ func parse(data []byte) (root ast.Node, err error) {
 		root = doc.Body
 	}
 	return root, nil
+}
+
+// maxDepth bounds lists and keys in each other on one line. The parser takes some kilobytes for each, and all of a file may be such.
+const maxDepth = 32
+
+// checkDepth says where there is more than that. What stands on lines of its own is indented, which bounds its depth.
+func checkDepth(tokens token.Tokens) error {
+	flow, entries, line := 0, 0, 0
+	for _, t := range tokens {
+		if t.Position.Line != line {
+			line, entries = t.Position.Line, 0
+		}
+		switch t.Type {
+		case token.SequenceStartType, token.MappingStartType:
+			flow++
+		case token.SequenceEndType, token.MappingEndType:
+			flow--
+		case token.SequenceEntryType, token.TagType:
+			entries++
+		}
+		if max(flow, entries) > maxDepth {
+			return &Error{Line: line, Err: fmt.Errorf("lists and keys in each other, more than %d deep", maxDepth)}
+		}
+	}
+	return nil
 }
 
 // decoder puts YAML nodes into the fields of a Config. The library decodes as well, but stops at the

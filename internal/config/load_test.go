@@ -546,3 +546,13 @@ func TestLoops(t *testing.T) {
 		}
 	}
 }
+
+// TestDepthIsBounded checks that a small file does not take all memory: the parser's need grew by kilobytes with each bracket.
+func TestDepthIsBounded(t *testing.T) {
+	for _, s := range []string{"[", "{a: ", "- ", "a: !b "} {
+		_, err := Load("f.yaml", []byte(strings.Repeat(s, 20000)))
+		if err == nil || err.Error() != "f.yaml:1: lists and keys in each other, more than 32 deep" {
+			t.Errorf("%q: %.200v", s, err)
+		}
+	}
+}
