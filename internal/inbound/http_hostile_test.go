@@ -30,7 +30,7 @@ func TestHTTPRefusalOfContentThatNeverComes(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			addr, _ := startHTTP(t, &HTTP{Users: tt.users}, hosts{"refused.test": syscall.ECONNREFUSED})
-			for _, content := range []string{"Content-Length: 10", "Transfer-Encoding: chunked"} {
+			for _, content := range []string{"Content-Length: 10", "Transfer-Encoding: chunked", "Expect: 100-continue\r\nContent-Length: 10"} {
 				c := dialAddr(t, addr)
 				c.SetDeadline(time.Now().Add(3 * time.Second))
 				fmt.Fprintf(c, "POST http://refused.test/ HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", content)
