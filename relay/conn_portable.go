@@ -62,7 +62,18 @@ func newConn(c io.ReadWriteCloser) *conn {
 	case *net.UnixConn:
 		k.bare = k.below.raw != nil
 	}
+	k.clearDeadlines()
 	return k
+}
+
+// clearDeadlines takes off what a handshake has left: the kernel's loop knows no deadlines, and a pair is to end in
+// the same way under both engines.
+func (c *conn) clearDeadlines() {
+	var err error
+	defer recoverInto(&err)
+	if d, ok := c.rwc.(interface{ SetDeadline(time.Time) error }); ok {
+		d.SetDeadline(time.Time{})
+	}
 }
 
 // watch calls failed, once, when the socket fails, whether or not somebody reads from it or writes to it.

@@ -24,7 +24,8 @@ var (
 // [Relay.Grace]. st may be nil.
 //
 // A net.TCPConn or net.UnixConn is taken over whole: from the call on it must not be used, not even
-// for its addresses.
+// for its addresses, and no Read or Write of the caller's may still wait in it. Deadlines that were set before
+// do not count; they are taken off. To limit a pair's whole life, give ctx a deadline.
 func (r *Relay) Join(ctx context.Context, a, b io.ReadWriteCloser, st *Stats) Result {
 	st, a, b, heads := prepare(st, a, b)
 	over := make(chan Result, 1)

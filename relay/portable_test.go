@@ -411,6 +411,37 @@ func TestResultString(t *testing.T) {
 }
 
 // A pair that only moves bytes has its two pumps, and nothing that waits beside them.
+// TestDeadlinesSetBeforeDoNotCount: a handshake's deadline that the caller has left on the conn must not end the pair.
+func TestDeadlinesSetBeforeDoNotCount(t *testing.T) {
+	for name, c := range map[string]struct {
+		portable bool
+		wrap     func(net.Conn) io.ReadWriteCloser
+	}{
+		"kernel":   {false, func(c net.Conn) io.ReadWriteCloser { return c }},
+		"portable": {true, func(c net.Conn) io.ReadWriteCloser { return c }},
+		"wrapped":  {false, func(c net.Conn) io.ReadWriteCloser { return struct{ net.Conn }{c} }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			client, a := tcpPair(t)
+			b, origin := tcpPair(t)
+			a.SetDeadline(time.Unix(1, 0))
+			b.SetDeadline(time.Unix(1, 0))
+			result := make(chan Result, 1)
+			r := &Relay{Portable: c.portable, HalfOpen: time.Second}
+			go func() { result <- r.Join(t.Context(), c.wrap(a), c.wrap(b), nil) }()
+			origin.SetDeadline(time.Now().Add(10 * time.Second))
+			client.SetDeadline(time.Now().Add(10 * time.Second))
+			io.WriteString(client, "ping")
+			read(t, origin, "ping")
+			io.WriteString(origin, "pong")
+			read(t, client, "pong")
+			client.Close()
+			origin.Close()
+			<-result
+		})
+	}
+}
+
 func TestStartedPairHasOnlyItsPumps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		before := runtime.NumGoroutine()
