@@ -213,6 +213,35 @@ type stuck struct {
 func (s *stuck) CloseWrite() error { <-s.closed; return io.ErrClosedPipe }
 func (s *stuck) Abort() error      { close(s.closed); return s.halfPipe.Abort() }
 
+// TestSocketThatWasReadIsCarriedByTheKernel: who peeks at a Socket, or shakes hands over it, must not lose the loop by that.
+func TestSocketThatWasReadIsCarriedByTheKernel(t *testing.T) {
+	client, s := accepted(t)
+	b, origin := tcpPair(t)
+	io.WriteString(client, "hello")
+	head := make([]byte, 5)
+	if _, err := io.ReadFull(s, head); err != nil {
+		t.Fatal(err)
+	}
+	var st Stats
+	result := make(chan Result, 1)
+	new(Relay).Start(WithHead(s, head), b, &st, func(res Result) { result <- res })
+	if st.Engine() != Kernel {
+		t.Errorf("carried by %v", st.Engine())
+	}
+	client.Close()
+	got, err := io.ReadAll(origin)
+	if string(got) != "hello" || err != nil {
+		t.Errorf("origin got %q, %v", got, err)
+	}
+	origin.Close()
+	if res := <-result; res.Err() != nil {
+		t.Error(res.Err())
+	}
+	if _, err := s.Write(nil); !errors.Is(err, net.ErrClosed) {
+		t.Error("the Socket can still be used:", err)
+	}
+}
+
 // TestHalfCloseThatWaits: a half-close that does not come back must keep neither limits nor a cancel from ending the pair.
 func TestHalfCloseThatWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -89,7 +89,7 @@ func prepare(st *Stats, a, b io.ReadWriteCloser) (*Stats, io.ReadWriteCloser, io
 	}
 	a, headA := unwrap(a)
 	b, headB := unwrap(b)
-	return st, a, b, [2][]byte{headA, headB}
+	return st, become(a), become(b), [2][]byte{headA, headB}
 }
 
 // lengthMax keeps a limit's end within the range of time.

@@ -325,6 +325,15 @@ func ordinary(c io.ReadWriteCloser) io.ReadWriteCloser {
 	return c
 }
 
+// become returns c, or the conn of Go's net package that it has become if it is a Socket that was used as one: that can
+// be carried by the kernel, too.
+func become(c io.ReadWriteCloser) io.ReadWriteCloser {
+	if s, ok := c.(*Socket); ok && s.isConn() {
+		return s.std
+	}
+	return c
+}
+
 // keepAlive turns the side's keepalive on, if that was left to the pair.
 func (k *kside) keepAlive() {
 	if k.keepalive {
