@@ -32,6 +32,68 @@ func TestLimiter(t *testing.T) {
 	}
 }
 
+// TestSharedLimitIsShared: one that always asks first must not get all, and whoever stops asking must not hold the others up.
+func TestSharedLimitIsShared(t *testing.T) {
+	for _, rate := range []int64{100, 2 << 20, 10 << 30} {
+		l := NewLimiter(rate)
+		l.last = 0
+		gs := make([]*governor, 4)
+		for i := range gs {
+			gs[i] = newGovernor(&Relay{Shared: l})
+		}
+		var got [4]int64
+		end := int64(20 * time.Second)
+		for now := int64(0); now < end; now += int64(throttleTick) {
+			for i, g := range gs {
+				if i == 3 && now > end/2 {
+					continue // it is over, in whatever place
+				}
+				n, _ := g.allowed(A, math.MaxInt32, now+int64(i)*1000) // a little later than the one before
+				g.charge(A, n)
+				got[i] += int64(n)
+			}
+		}
+		sum := got[0] + got[1] + got[2] + got[3]
+		if want := 20 * rate; sum > want || sum < want-want/50-rate/10 {
+			t.Errorf("%d bytes/s: %d in 20 s", rate, sum)
+		}
+		for i, n := range got {
+			if share := [...]float64{.29, .29, .29, .125}[i]; float64(n) < share*.7*float64(sum) {
+				t.Errorf("%d bytes/s: %d of %d for the one at %d: %v", rate, n, sum, i, got)
+			}
+		}
+	}
+}
+
+// TestSharedLimitIsUsedUp: those that take it in small pieces, or have little to move, must not leave it unused.
+func TestSharedLimitIsUsedUp(t *testing.T) {
+	for _, has := range []int{1 << 30, 640 << 10} { // how many bytes one has at each tick
+		l := NewLimiter(200 << 20)
+		l.last = 0
+		gs := make([]*governor, 4)
+		for i := range gs {
+			gs[i] = newGovernor(&Relay{Shared: l})
+		}
+		var sum int64
+		for now := int64(0); now < int64(20*time.Second); now += int64(throttleTick) {
+			for _, g := range gs {
+				for rest := has; rest > 0; {
+					n, _ := g.allowed(A, min(64<<10, rest), now)
+					if n == 0 {
+						break
+					}
+					g.charge(A, n)
+					rest -= n
+					sum += int64(n)
+				}
+			}
+		}
+		if want := int64(20 * 200 << 20); sum > want || sum < want-want/50 {
+			t.Errorf("with %d bytes a tick: %d of %d", has, sum, want)
+		}
+	}
+}
+
 func TestLimiterStartsEmptyAndHoldsLittle(t *testing.T) {
 	l := NewLimiter(1000)
 	l.last = 0
