@@ -245,10 +245,7 @@ func (c *call) told(within time.Duration) bool {
 func (c *call) abandon() {
 	select {
 	case conn := <-c.raw:
-		if tcp, ok := conn.(*net.TCPConn); ok {
-			tcp.SetLinger(0)
-		}
-		conn.Close()
+		breakOff(conn)
 	default:
 	}
 	c.cancel()
@@ -442,10 +439,11 @@ func playPortScan(t *trial) error {
 			if i/2%2 == 0 && b.Handshake != nil {
 				c.Write([]byte{5})
 			}
-			if tcp, ok := c.(*net.TCPConn); ok && i%2 == 0 {
-				tcp.SetLinger(0)
+			if i%2 == 0 {
+				breakOff(c)
+			} else {
+				c.Close()
 			}
-			c.Close()
 			for i%20 == 19 { // the origin's queue must not fill
 				o := acceptWithin(b.Origin, 10*time.Millisecond)
 				if o == nil {

@@ -231,6 +231,72 @@ func scenario(t *testing.T, name string) Scenario {
 	return Scenario{}
 }
 
+// above is a conn above TCP, as one by TLS is.
+type above struct{ net.Conn }
+
+func (a above) NetConn() net.Conn { return a.Conn }
+
+// A client that gives up resets its connection, also where that is beneath the conn that Connect has returned.
+func TestDialAbandonedAboveTCP(t *testing.T) {
+	if why := absences(); why != "" {
+		t.Skip(why)
+	}
+	bed := new(toy).start(t)
+	connect := bed.Connect
+	bed.Connect = func(ctx context.Context) (net.Conn, error) {
+		c, err := connect(ctx)
+		return above{c}, err
+	}
+	if v := Check(t.Context(), bed, scenario(t, "dial-abandoned"), Options{}); v.Err != nil {
+		t.Error(v.Err)
+	}
+}
+
+// A relay that dials for a client that the bed has given up must not have its connection taken for the next client's.
+func TestLateDialIsNobodys(t *testing.T) {
+	listen := func() net.Listener {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ln.Close() })
+		return ln
+	}
+	front, origin := listen(), listen()
+	bed := &Dialed{Origin: origin, Connect: To("tcp", front.Addr().String())}
+	dial := func(say string) {
+		if c, err := front.Accept(); err == nil {
+			t.Cleanup(func() { c.Close() })
+		}
+		c, err := net.Dial("tcp", origin.Addr().String())
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		t.Cleanup(func() { c.Close() })
+		io.WriteString(c, say)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := bed.Open(ctx); err == nil {
+		t.Fatal("opened without a relay")
+	}
+	dial("old")
+	var relay sync.WaitGroup
+	relay.Go(func() { dial("new") })
+	p, err := bed.Open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Client.Close()
+	defer p.Origin.Close()
+	got := make([]byte, 3)
+	if _, err := io.ReadFull(p.Origin, got); err != nil || string(got) != "new" {
+		t.Errorf("the origin's end of the new connection reads %q, %v", got, err)
+	}
+	relay.Wait()
+}
+
 // Events tell what the ends did and saw, in that order, and nothing of what the scenario does to clean up.
 func TestTrace(t *testing.T) {
 	var mu sync.Mutex

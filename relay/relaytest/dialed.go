@@ -28,7 +28,8 @@ type Dialed struct {
 	// Meter measures the relay: [InProcess], [Processes], or one of yours. Nil leaves out what needs that.
 	Meter Meter
 
-	mu sync.Mutex
+	mu     sync.Mutex
+	strays bool // the relay may still dial for a client that was given up
 }
 
 // To returns a Connect for a relay that listens on an address.
@@ -71,7 +72,15 @@ func (b *Dialed) Held() (descriptors, goroutines int, err error) {
 func (b *Dialed) Open(ctx context.Context) (*Pair, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.open(ctx, b.Origin, plainly)
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if b.strays { // what comes late is not the other end of the next connection
+		dropStrays(b.Origin)
+	}
+	p, err := b.open(ctx, b.Origin, plainly)
+	b.strays = err != nil
+	return p, err
 }
 
 // plainly is a handshake as it should be.
@@ -176,6 +185,17 @@ func acceptWithin(ln net.Listener, limit time.Duration) net.Conn {
 	}
 }
 
+// dropStrays closes what has come to ln and is nobody's.
+func dropStrays(ln net.Listener) {
+	for {
+		c := acceptWithin(ln, 50*time.Millisecond)
+		if c == nil {
+			return
+		}
+		c.Close()
+	}
+}
+
 // absence is an origin that is not there, for a while.
 type absence struct {
 	ln  *net.TCPListener
@@ -211,13 +231,7 @@ func (a *absence) back() {
 		return
 	}
 	setBacklog(a.ln, 1024)
-	for { // what has come meanwhile is nobody's
-		c := acceptWithin(a.ln, 50*time.Millisecond)
-		if c == nil {
-			return
-		}
-		c.Close()
-	}
+	dropStrays(a.ln)
 }
 
 // silence makes the origin ignore connections, as one behind a firewall that drops packets.

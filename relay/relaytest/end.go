@@ -27,15 +27,33 @@ type end struct {
 	gone   atomic.Bool // it has closed, or has been reset
 }
 
+// beneath returns what c is above of, as TLS is of TCP.
+func beneath(c net.Conn) net.Conn {
+	for {
+		above, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			return c
+		}
+		c = above.NetConn()
+	}
+}
+
+// breakOff resets c, if it can be reset, and closes it.
+func breakOff(c net.Conn) {
+	if a, ok := c.(interface{ Abort() error }); ok {
+		a.Abort()
+		return
+	}
+	if tcp, ok := beneath(c).(*net.TCPConn); ok {
+		tcp.SetLinger(0)
+		tcp.Close() // not the conn above it, which might say goodbye
+	}
+	c.Close()
+}
+
 func newEnd(t *trial, name string, c net.Conn, caps Caps) *end {
 	e := &end{Conn: c, t: t, name: name, caps: caps}
-	for {
-		inner, ok := c.(interface{ NetConn() net.Conn })
-		if !ok {
-			break
-		}
-		c = inner.NetConn()
-	}
+	c = beneath(c)
 	e.tcp, _ = c.(*net.TCPConn)
 	if s, ok := c.(syscall.Conn); ok {
 		e.sock, _ = s.SyscallConn()
