@@ -61,7 +61,8 @@ func (r *Relay) await(ctx context.Context, p *Pair, over <-chan Result) Result {
 }
 
 // Start is Join that does not wait: the pair goes on by itself, and done is called once it is over,
-// from a goroutine of the relay's; done must not block. st and done may be nil.
+// from a goroutine of the relay's, and maybe before Start has returned; done must not block: under the Kernel engine it
+// holds up other pairs. st and done may be nil. What Join says of the conns holds here, too.
 // Under the Kernel engine a started pair has no goroutine.
 func (r *Relay) Start(a, b io.ReadWriteCloser, st *Stats, done func(Result)) *Pair {
 	st, a, b, heads := prepare(st, a, b)

@@ -38,6 +38,16 @@
 // Join owns both conns from the call on, and closes them. What else a conn can do is found by
 // optional interfaces: [HalfCloser], [Aborter], [Transparent], deadlines and [syscall.Conn].
 //
+// A conn that is neither TCP, nor TLS over it, nor an Aborter has no reset: where it should be reset it
+// is closed, and its peer may take that for a clean end. So it is with [net.Pipe], Unix sockets and the
+// channels of golang.org/x/crypto/ssh.
+//
+// # Errors
+//
+// [Result.Err] is nil or wraps what broke the pair: the error of a conn's Read or Write (ECONNRESET, or ETIMEDOUT for a
+// peer that has vanished), [ErrIdle], [ErrHalfOpen], [ErrQuota], [ErrPanic], or the cause of the
+// cancelled context. [errors.Is] tells them apart under both engines; [Direction.End] says it without the error.
+//
 // # Counting
 //
 // Do not wrap a conn to count its bytes: a wrapped conn hides what it can do, and the relay can
@@ -100,15 +110,17 @@ type Relay struct {
 	Grace time.Duration
 
 	// Rate is how many bytes a second each direction may pass on; zero is no limit. It is kept by
-	// reading less, so that the sender is slowed down by TCP itself, and costs no copy.
+	// reading less, so that the sender is slowed down by TCP itself, and costs no copy. What it holds
+	// back is not silence: no limit on time runs meanwhile.
 	Rate int64
 
 	// Shared is a limit that this relay shares with all others that have it, both directions of
 	// each added up. Nil is none.
 	Shared *Limiter
 
-	// Quota is how many bytes the relay may pass on, both directions added up. A byte that comes
-	// beyond it is not passed on, and both conns are aborted. Zero is no limit.
+	// Quota is how many bytes each join may pass on, both directions added up. A byte that comes
+	// beyond it is not passed on, and both conns are aborted. Zero is no limit. A quota that many joins
+	// have in common is the caller's to keep: by their Stats, and Pair.Abort or the context.
 	Quota int64
 
 	// BusyPoll is how long the loop that carries the relay goes on asking for events, after it
