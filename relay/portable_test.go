@@ -410,7 +410,6 @@ func TestResultString(t *testing.T) {
 	}
 }
 
-// A pair that only moves bytes has its two pumps, and nothing that waits beside them.
 // TestDeadlinesSetBeforeDoNotCount: a handshake's deadline that the caller has left on the conn must not end the pair.
 func TestDeadlinesSetBeforeDoNotCount(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -442,6 +441,7 @@ func TestDeadlinesSetBeforeDoNotCount(t *testing.T) {
 	}
 }
 
+// A pair that only moves bytes has its two pumps, and nothing that waits beside them.
 func TestStartedPairHasOnlyItsPumps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		before := runtime.NumGoroutine()
