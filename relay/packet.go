@@ -87,6 +87,14 @@ type Dropper interface {
 	Dropped() int64
 }
 
+// Switch is a PacketConn of the origin's end that knows of several ways out.
+type Switch interface {
+	PacketConn
+	// Way returns the conn by which datagrams to e go; nil for the Switch itself. One that it has not returned before is the relay's from
+	// now on, which reads from it, too, and closes it. An error refuses the datagram. Way may block until Close; one goroutine calls it.
+	Way(e Endpoint) (PacketConn, error)
+}
+
 // UnreachableError says that datagrams to a place do not arrive, as far as an ICMP message tells. Others still may.
 type UnreachableError struct {
 	To  Endpoint // the zero Endpoint where that is not known

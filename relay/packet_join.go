@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -54,7 +55,8 @@ type PacketResult struct {
 
 // JoinPackets relays datagrams between a client and origins, in both directions, until there have been none for
 // [Relay.PacketIdle], ctx is cancelled, or a side fails; then it closes both conns. A datagram that cannot be passed on is dropped
-// and counted; where a place is unreachable, a client that is a [Refuser] is told.
+// and counted; where a place is unreachable, a client that is a [Refuser] is told. An origin that is a [Switch] is as many conns as it has
+// ways.
 //
 // Of the settings, PacketIdle, Rate, Shared and Quota apply; a rate holds datagrams back, and whoever queues them drops what comes meanwhile. st may be nil.
 func (r *Relay) JoinPackets(ctx context.Context, client, origin PacketConn, st *PacketStats) PacketResult {
@@ -62,23 +64,29 @@ func (r *Relay) JoinPackets(ctx context.Context, client, origin PacketConn, st *
 		st = new(PacketStats)
 	}
 	p := &packetPair{relay: r, stats: st, conns: [2]PacketConn{client, origin}, gov: newGovernor(r), start: time.Now(), over: make(chan struct{})}
+	p.ways, _ = origin.(Switch)
 	st.moved.Store(clock())
 	p.onlyDNS.Store(true)
 	p.first = Neither
 	p.timer = time.AfterFunc(p.idle(), p.tick)
 	stop := context.AfterFunc(ctx, func() { p.end(Neither, Canceled, context.Cause(ctx)) })
-	var pumps sync.WaitGroup
-	pumps.Go(func() { p.pump(B) })
-	p.pump(A)
-	pumps.Wait()
+	p.pumps.Go(func() { p.pump(B, origin) })
+	p.pump(A, client)
+	p.pumps.Wait()
 	stop()
 	p.timer.Stop()
-	for s, c := range p.conns {
-		if d, ok := c.(Dropper); ok {
-			st.dropped[s].Add(d.Dropped())
-		}
+	countDropped(st, A, client)
+	countDropped(st, B, origin)
+	for _, c := range p.others {
+		countDropped(st, B, c)
 	}
 	return PacketResult{Err: p.err, End: p.how, First: p.first, Duration: time.Since(p.start)}
+}
+
+func countDropped(st *PacketStats, s Side, c PacketConn) {
+	if d, ok := c.(Dropper); ok {
+		st.dropped[s].Add(d.Dropped())
+	}
 }
 
 // packetPair is a pair of conns that datagrams are relayed between.
@@ -90,6 +98,13 @@ type packetPair struct {
 	start   time.Time
 	timer   *time.Timer
 	onlyDNS atomic.Bool // all of the client's went to port 53
+	pumps   sync.WaitGroup
+
+	ways     Switch     // nil: one way
+	toClient sync.Mutex // held to write to the client, where there are more
+	mu       sync.Mutex
+	others   []PacketConn // what the Switch has returned
+	closed   bool
 
 	once  sync.Once
 	over  chan struct{}
@@ -129,7 +144,36 @@ func (p *packetPair) end(s Side, how End, err error) {
 		for _, c := range p.conns {
 			c.Close()
 		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.closed = true
+		for _, c := range p.others {
+			c.Close()
+		}
 	})
+}
+
+// way returns the conn by which datagrams to e go. It reads from one that is new.
+func (p *packetPair) way(e Endpoint) (PacketConn, error) {
+	c, err := p.ways.Way(e)
+	if err != nil {
+		return nil, err
+	}
+	if c == nil {
+		return p.conns[B], nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case slices.Contains(p.others, c):
+	case p.closed:
+		c.Close()
+		return nil, net.ErrClosed
+	default:
+		p.others = append(p.others, c)
+		p.pumps.Go(func() { p.pump(B, c) })
+	}
+	return c, nil
 }
 
 // batchMax is how many datagrams are passed on at a time.
@@ -138,21 +182,21 @@ const batchMax = 64
 // batches are those of pumps that have more than one datagram: who waits holds none.
 var batches = sync.Pool{New: func() any { return new([batchMax]Packet) }}
 
-// pump moves the datagrams from s until the pair's end.
-func (p *packetPair) pump(s Side) {
+// pump moves the datagrams from c, of side s, until the pair's end.
+func (p *packetPair) pump(s Side, c PacketConn) {
 	defer func() {
 		if v := recover(); v != nil {
 			p.end(s, Read, fmt.Errorf("%w: %v", ErrPanic, v))
 		}
 	}()
-	more, _ := p.conns[s].(BatchReader)
+	more, _ := c.(BatchReader)
 	if p.gov != nil {
 		more = nil // each by itself is held back
 	}
 	one := make([]Packet, 1)
 	defer one[0].Free()
 	for {
-		if err := p.conns[s].ReadPacket(&one[0]); err != nil {
+		if err := c.ReadPacket(&one[0]); err != nil {
 			unreachable, ok := errors.AsType[*UnreachableError](err)
 			if !ok {
 				p.end(s, Read, err)
@@ -191,7 +235,7 @@ func (p *packetPair) pass(s Side, ps []Packet) bool {
 		}
 	}
 	for len(ps) > 0 {
-		n, err := writePackets(p.conns[s.other()], ps)
+		n, err := p.write(s, ps)
 		for i := range ps[:n] {
 			p.stats.packets[s].Add(1)
 			p.stats.bytes[s].Add(int64(len(ps[i].Data)))
@@ -210,6 +254,31 @@ func (p *packetPair) pass(s Side, ps []Packet) bool {
 		ps = ps[1:]
 	}
 	return true
+}
+
+// write writes the first of ps, which came from s, and as many more as go the same way at a time. It returns how many, and the error of
+// the one behind them.
+func (p *packetPair) write(s Side, ps []Packet) (n int, err error) {
+	switch {
+	case p.ways == nil:
+	case s == B:
+		p.toClient.Lock()
+		defer p.toClient.Unlock()
+	default:
+		c, err := p.way(ps[0].Endpoint)
+		if err != nil {
+			return 0, err
+		}
+		n := 1
+		for n < len(ps) {
+			if next, err := p.way(ps[n].Endpoint); err != nil || next != c {
+				break // its turn comes
+			}
+			n++
+		}
+		return writePackets(c, ps[:n])
+	}
+	return writePackets(p.conns[s.other()], ps)
 }
 
 // writePackets writes as many of ps as c takes at a time, and returns how many, and the error of the one behind them.

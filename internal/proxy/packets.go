@@ -10,8 +10,8 @@ import (
 	"github.com/sluice-proxy/sluice/relay"
 )
 
-// HandlePackets implements Handler: it routes f, which decides for all datagrams of the session, opens the way out, and relays. Where the way
-// out carries no datagrams, or cannot be opened, the client is told, if it can be.
+// HandlePackets implements Handler: it routes f, opens the way out, and relays. Later datagrams for other places are routed, too, and may open
+// other ways. Where a way out carries no datagrams, or cannot be opened, the client is told, if it can be.
 func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -23,7 +23,7 @@ func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) 
 	defer e.forgetPanicked(s)
 	var origin relay.PacketConn
 	if err == nil {
-		origin, err = s.dialPackets(ctx, dialer)
+		origin, err = s.dialPackets(ctx, dialer, s.dst())
 	}
 	if err != nil {
 		if r, ok := c.(relay.Refuser); ok {
@@ -36,7 +36,7 @@ func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) 
 	}
 	st := new(relay.PacketStats)
 	s.setPackets(st)
-	res := e.Relay.JoinPackets(ctx, c, permit(origin, e.Router, f), st)
+	res := e.Relay.JoinPackets(ctx, c, s.byRules(ctx, origin, f), st)
 	err = res.Err
 	if res.End == relay.Idle || res.First == relay.A && errors.Is(err, net.ErrClosed) {
 		err = nil // this is how datagrams end
@@ -45,14 +45,14 @@ func (e *Engine) HandlePackets(ctx context.Context, f Flow, c relay.PacketConn) 
 	<-over // until it is in the log: whoever called may be the last to wait for that
 }
 
-func (s *session) dialPackets(ctx context.Context, d Dialer) (relay.PacketConn, error) {
+func (s *session) dialPackets(ctx context.Context, d Dialer, dst Addr) (relay.PacketConn, error) {
 	p, ok := d.(PacketDialer)
 	if !ok {
 		return nil, fmt.Errorf("proxy: %s carries no datagrams: %w", s.outbound, errors.ErrUnsupported)
 	}
 	dialing, cancel := context.WithTimeoutCause(ctx, s.watch.engine.dialTimeout(), context.DeadlineExceeded)
 	defer cancel()
-	c, err := p.DialPackets(dialing, s.dst())
+	c, err := p.DialPackets(dialing, dst)
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		err = &canceledError{cause: context.Cause(ctx)}
 	}

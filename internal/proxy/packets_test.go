@@ -171,6 +171,75 @@ func TestLaterPacketsAreDenied(t *testing.T) {
 	})
 }
 
+// byHost sends each host its own way.
+type byHost map[string]proxy.Dialer
+
+func (r byHost) Route(f proxy.Flow) (string, proxy.Dialer) { return "to " + f.Dst.Host, r[f.Dst.Host] }
+
+// TestEachPacketGoesItsWay checks that the way of a session's first datagram is not that of all.
+func TestEachPacketGoesItsWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lan, wan, client := newPacketEnd(), newPacketEnd(), newPacketEnd()
+		dials := make(map[string]int)
+		opens := func(name string, c relay.PacketConn, err error) proxy.Dialer {
+			return packetWay{dial: func(context.Context) (relay.PacketConn, error) { dials[name]++; return c, err }}
+		}
+		hangs := packetWay{dial: func(ctx context.Context) (relay.PacketConn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}
+		log := new(lockedLog)
+		e := &proxy.Engine{Log: slog.New(slog.NewTextHandler(log, nil)), Router: byHost{
+			"lan": opens("lan", lan, nil), "wan": opens("wan", wan, nil), "down": opens("down", nil, syscall.ECONNREFUSED),
+			"streams only": struct{ proxy.Dialer }{}, "silent": hangs}}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			e.HandlePackets(t.Context(), proxy.Flow{Dst: proxy.UDP("lan", 7)}, addressed{client})
+		}()
+		for _, host := range []string{"lan", "wan", "down", "streams only", "lan", "wan", "down"} {
+			client.in <- host
+		}
+		synctest.Wait()
+		lan.in <- "from lan"
+		synctest.Wait()
+		wan.in <- "from wan"
+		synctest.Wait()
+		for _, end := range []struct {
+			*packetEnd
+			want string
+		}{{lan, "lan lan"}, {wan, "wan wan"}, {client, "from lan from wan"}} {
+			var got []string
+			for range len(end.out) {
+				got = append(got, <-end.out)
+			}
+			if s := strings.Join(got, " "); s != end.want {
+				t.Errorf("got %q, want %q", s, end.want)
+			}
+		}
+		if dials["lan"] != 1 || dials["wan"] != 1 || dials["down"] != 1 {
+			t.Errorf("dialled %v", dials)
+		}
+		if r := client.refused; len(r) != 3 || !errors.Is(r[0], syscall.ECONNREFUSED) || !errors.Is(r[1], errors.ErrUnsupported) || r[2] != r[0] {
+			t.Errorf("the client was told %v", r)
+		}
+		time.Sleep(10 * time.Second)
+		client.in <- "down" // once more
+		client.in <- "silent"
+		synctest.Wait()
+		if dials["down"] != 2 {
+			t.Errorf("dialled %v", dials)
+		}
+		client.Close() // while a way is being opened
+		<-done
+		<-lan.closed
+		<-wan.closed
+		if s := log.String(); !containsAll(s, "up=12", "down=16", "dropped=5") {
+			t.Error(s)
+		}
+	})
+}
+
 // TestPacketsWithoutAWay: the client is told, and the log says why.
 func TestPacketsWithoutAWay(t *testing.T) {
 	for _, tt := range []struct {
