@@ -527,3 +527,19 @@ func TestTUNRouter(t *testing.T) {
 		}
 	}
 }
+
+// TestTUNManySignals: who presses Ctrl-C again and again has the program end at once, and the network as it was all the same.
+func TestTUNManySignals(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	before := n.dump(n.host)
+	for range 8 {
+		p := n.tun("--dns", "fake", "--exclude", "192.0.2.0/24,2001:db8:1::/48")
+		for range 6 {
+			p.cmd.Process.Signal(syscall.SIGTERM)
+			time.Sleep(300 * time.Microsecond) // so that each is one of its own
+		}
+		p.exitCode(t, patience)
+		n.same(n.host, before)
+	}
+}
