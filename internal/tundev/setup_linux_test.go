@@ -636,3 +636,54 @@ func TestNamespaceFile(t *testing.T) {
 		}
 	}
 }
+
+// TestNamespaceFileAfterReboot: /etc outlives a power cut, and the record of what was made there does not.
+func TestNamespaceFileAfterReboot(t *testing.T) {
+	l := newLab(t)
+	dir := t.TempDir()
+	s := Setup{DNS: true, conf: filepath.Join(dir, "resolv.conf"), etc: filepath.Join(dir, "netns")}
+	file := filepath.Join(s.etc, l.name, "resolv.conf")
+	if err := errors.Join(os.WriteFile(s.conf, []byte("nameserver 127.0.0.53\n"), 0o644), os.MkdirAll(filepath.Dir(file), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	for left, gone := range map[string]bool{
+		"# Made by sluice tun, and removed at its end.\nnameserver 198.18.0.6\n":           true,
+		"# Made by sluice tun, and removed at its end.\nnameserver 198.18.0.6\nsearch a\n": false,
+		"# Made by sluice tun, and removed at its end.\nnameserver 192.0.2.1 # of mine\n":  false,
+		"nameserver 198.18.0.6\n": false,
+	} {
+		if err := os.WriteFile(file, []byte(left), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		link := l.up(s)
+		during, _ := os.ReadFile(file)
+		link.Device.Close()
+		if err := link.Down(); err != nil {
+			t.Error(err)
+		}
+		after, _ := os.ReadFile(file)
+		if want := left; gone {
+			if want = "# Made by sluice tun, and removed at its end.\nnameserver 198.18.0.2\n"; string(during) != want || after != nil {
+				t.Errorf("left %q: meanwhile %q, then %q", left, during, after)
+			}
+		} else if string(during) != left || string(after) != left {
+			t.Errorf("%q became %q, and then %q", left, during, after)
+		}
+	}
+}
+
+// TestRecordRemoved: that somebody has removed our record is no failure.
+func TestRecordRemoved(t *testing.T) {
+	l := newLab(t)
+	before := l.dump()
+	link := l.up(Setup{})
+	records, _ := filepath.Glob(l.dir + "/*")
+	if err := os.Remove(records[0]); err != nil {
+		t.Fatal(err)
+	}
+	link.Device.Close()
+	if err := link.Down(); err != nil {
+		t.Error(err)
+	}
+	l.same(before)
+}
