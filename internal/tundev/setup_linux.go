@@ -198,6 +198,9 @@ func (l *Link) leftovers(etc string) (c Cleaned, err error) {
 	if rec == nil {
 		rec = new(record)
 	}
+	if rec.Namespace != l.ns.name {
+		rec.Files = nil // they are for one that had this number before, or for this one by its name, and are known by their text
+	}
 	if l.ns.name != "" && len(rec.Files) == 0 {
 		if f := leftFile(etc, l.ns.name); f != nil {
 			rec.Files = append(rec.Files, *f)

@@ -395,7 +395,7 @@ func TestNothingElseIsRemoved(t *testing.T) {
 	if err := os.WriteFile(file, []byte("nameserver 192.0.2.1\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b, err := json.Marshal(record{Rules: []rule{{Priority: 32766, Table: unix.RT_TABLE_MAIN}},
+	b, err := json.Marshal(record{Namespace: l.name, Rules: []rule{{Priority: 32766, Table: unix.RT_TABLE_MAIN}},
 		Files: []madeFile{{Path: file, Content: "something else"}}})
 	if err != nil {
 		t.Fatal(err)
@@ -438,6 +438,27 @@ func TestSecondInstance(t *testing.T) {
 	l.same(up)
 	link.Device.Close()
 	if err := link.Down(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestOneNetworkTwoNames: who opens a network by its name and who is in it keep each other out from the first moment on, when
+// there is no device yet that would tell.
+func TestOneNetworkTwoNames(t *testing.T) {
+	l := newLab(t)
+	named, err := openLink(l.name, l.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer named.Down()
+	err = named.ns.do(func() error {
+		inside, err := openLink("", l.dir)
+		if err == nil {
+			inside.Down()
+		}
+		return err
+	})
+	if !errors.Is(err, ErrBusy) {
 		t.Error(err)
 	}
 }
