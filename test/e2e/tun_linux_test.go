@@ -528,6 +528,23 @@ func TestTUNRouter(t *testing.T) {
 	}
 }
 
+// TestTUNReadOnlySettings: in a container that may not write to /proc/sys, with the strict filter that it has inherited.
+func TestTUNReadOnlySettings(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	before := n.dump(n.host)
+	p := n.start(n.host, "unshare", "-m", "sh", "-ec", `mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys; exec "$@"`,
+		"sh", binary, "tun", "--via", "socks5://10.77.0.1:1080")
+	proxytest.Until(t, "sluice has begun or ended", func() bool { return strings.Contains(p.log.String(), "\n") })
+	n.get(n.host, "http://203.0.113.1/")
+	n.get(n.host, "http://web.test/")
+	n.end(p, syscall.SIGTERM, 0)
+	if sessions(p, "web.test:80") != 1 {
+		t.Errorf("sluice wrote:\n%s", p.log)
+	}
+	n.same(n.host, before)
+}
+
 // TestTUNManySignals: who presses Ctrl-C again and again has the program end at once, and the network as it was all the same.
 func TestTUNManySignals(t *testing.T) {
 	t.Parallel()
