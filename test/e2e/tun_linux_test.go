@@ -355,6 +355,37 @@ func TestTUNKilled(t *testing.T) {
 	n.same(n.host, before)
 }
 
+// TestTUNKilledAnywhere: sluice is killed at any moment of its start, and one tun down, or the next start, finds all that is left.
+func TestTUNKilledAnywhere(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	before := n.dump(n.host)
+	begin := time.Now()
+	n.end(n.tun(), syscall.SIGTERM, 0)
+	took := time.Since(begin)
+	const times = 12
+	partly := 0
+	for i := range times {
+		p := n.start(n.host, binary, "tun", "--dns", "fake", "--exclude", "192.0.2.0/24,2001:db8:1::/48")
+		time.Sleep(took * time.Duration(i) / times) // it is killed whatever it has come to
+		p.cmd.Process.Kill()
+		<-p.done
+		if n.dump(n.host) != before {
+			partly++
+		}
+		if i%4 == 0 {
+			n.end(n.tun("--name", "other0"), syscall.SIGTERM, 0)
+		} else if r := n.run(n.host, binary, "tun", "down"); r.code != 0 {
+			t.Errorf("tun down: code %d: %s%s", r.code, r.stdout, r.stderr)
+		}
+		n.same(n.host, before)
+	}
+	if partly == 0 {
+		t.Error("nothing was ever left behind")
+	}
+	t.Logf("%d of %d had left something", partly, times)
+}
+
 func TestTUNDeviceDeleted(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
