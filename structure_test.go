@@ -23,6 +23,7 @@ const module = "github.com/sluice-proxy/sluice"
 // layers is the order of the packages, lowest first. A package may import those of lower layers
 // only, so packages of one layer know nothing of each other.
 var layers = [][]string{
+	{"internal/rtnetlink"},
 	{"relay", "internal/socks5", "internal/connect", "internal/sockopt", "internal/tundev", "internal/process", "internal/capture"},
 	{"relay/relaytest"},
 	{"internal/proxy"},

@@ -74,12 +74,12 @@ func (p *program) serve(ctx context.Context, c *config.Config, announce func(*co
 	if err != nil {
 		return err
 	}
-	defer closeAll(bounds)
 	// The runtime has raised the soft limit on descriptors to the hard one: importing os is enough.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, stopSignals()...)
 	defer signal.Stop(signals)
 	defer signal.Stop(outliveReaders())
+	defer closeAll(bounds) // before signals end the process again: it undoes what was changed of the machine's network
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 

@@ -106,6 +106,7 @@ func (b *builder) capture(in *Inbound, part proxy.Inbound, way proxy.Dialer) {
 	switch p := part.(type) {
 	case *inbound.Redirect:
 		p.Capture = k
+		b.kept = append(b.kept, undone{p})
 	case *inbound.TProxy:
 		mode, _, _ := dns.ParseMode(string(in.DNS))
 		if k.DNS = mode != dns.Off; mode == dns.Fake {
@@ -117,6 +118,7 @@ func (b *builder) capture(in *Inbound, part proxy.Inbound, way proxy.Dialer) {
 			b.log.Warn("UDP is left alone: the way out cannot carry it", "inbound", in.Name)
 		}
 		p.Capture, p.Mark = k, capture.Mark
+		b.kept = append(b.kept, undone{p})
 	}
 }
 

@@ -100,11 +100,11 @@ func (b *builder) names(in *Inbound, bound *Bound, hasIPv6 func() bool) dns.Mode
 	return mode
 }
 
-// undone undoes what a tun has changed of the network also where its sessions do not end.
-type undone struct{ t *netstack.TUN }
+// undone undoes what an inbound has changed of the network also where its sessions do not end.
+type undone struct{ of interface{ Undo() error } }
 
 func (u undone) Start() error { return nil }
-func (u undone) Close() error { return u.t.Undo() }
+func (u undone) Close() error { return u.of.Undo() }
 
 // echoes asks for answers to ICMP echoes where an inbound's way out can.
 type echoes struct {

@@ -94,7 +94,10 @@ func plainHosts(conf []byte) []byte {
 // lay mounts them.
 func (f *files) lay() error {
 	// What is mounted outside later on, as a stick, is to be seen inside; nothing the other way round.
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("mounts: %w (the root directory is no mount point, as after chroot: make DIR one before, by "+
+			"`mount --bind DIR DIR`)", err)
+	} else if err != nil {
 		return fmt.Errorf("mounts: %w", err)
 	}
 	// All places are opened before anything is mounted that could hide them.
@@ -111,7 +114,7 @@ func (f *files) lay() error {
 		}
 	}
 	if err := unix.Mount("sluice", scratch, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755,size=1m"); err != nil {
-		return fmt.Errorf("mount a tmpfs: %w", err)
+		return fmt.Errorf("mount a tmpfs at %s: %w", scratch, err)
 	}
 	mask := unix.Umask(0o022)
 	err := f.layFrom(scratch, places)

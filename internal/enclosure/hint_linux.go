@@ -23,6 +23,8 @@ func explain(err error) error {
 					"_namespaces=10000` as root allows it"
 			}
 		}
+	case errors.Is(err, unix.EROFS):
+		hint = "/proc is read-only here, as in a container: to make a user namespace needs to write to it"
 	case !refused && !errors.Is(err, unix.EINVAL):
 	case sysctl("kernel/unprivileged_userns_clone") == "0":
 		hint = "this system forbids user namespaces: `sysctl -w kernel.unprivileged_userns_clone=1` as root allows them"

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strconv"
 	"syscall"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -115,8 +116,21 @@ func (n *Network) connect(name string) (noIPv6 bool, err error) {
 		if err := netlink.RouteAdd(route); err != nil {
 			return false, fmt.Errorf("default route of %v: %w", p, err)
 		}
+		awaitLocal(p.Addr())
 	}
 	return noIPv6, nil
+}
+
+// awaitLocal waits until the kernel takes in what is for a. With an IPv6 address, that is a little after the address is there,
+// and the first answers to the command would be lost.
+func awaitLocal(a netip.Addr) {
+	for range 1000 {
+		routes, err := netlink.RouteGet(a.AsSlice())
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // everywhere returns the network of all addresses of a's family.

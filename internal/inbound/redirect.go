@@ -54,3 +54,6 @@ func (r *Redirect) Serve(ctx context.Context, h proxy.Handler) error { return r.
 
 // Close implements proxy.Inbound. What Capture has set up goes with the last session.
 func (r *Redirect) Close() error { return r.t.close() }
+
+// Undo removes what Capture has set up, whatever goes on. Serve does so when it returns; it is for who does not wait for that.
+func (r *Redirect) Undo() error { return r.t.end() }

@@ -67,3 +67,6 @@ func (p *TProxy) Serve(ctx context.Context, h proxy.Handler) error { return p.t.
 
 // Close implements proxy.Inbound. What Capture has set up goes with the last session.
 func (p *TProxy) Close() error { return p.t.close() }
+
+// Undo removes what Capture has set up, whatever goes on. Serve does so when it returns; it is for who does not wait for that.
+func (p *TProxy) Undo() error { return p.t.end() }

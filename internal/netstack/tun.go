@@ -17,7 +17,7 @@ type TUN struct {
 	Setup tundev.Setup
 
 	mu      sync.Mutex
-	link    *tundev.Link // while traffic is led into the device
+	link    *tundev.Link // what leads traffic into the device, or has
 	serving bool
 }
 
@@ -68,11 +68,10 @@ func (t *TUN) Close() error {
 }
 
 // Undo puts the network back to what it was, whatever goes on, once. Serve does so when it returns; it is for who
-// does not wait for that.
+// does not wait for that. When it returns the network is as it was, whoever has seen to it.
 func (t *TUN) Undo() error {
 	t.mu.Lock()
 	link := t.link
-	t.link = nil
 	t.mu.Unlock()
 	if link == nil {
 		return nil

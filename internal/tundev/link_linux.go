@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-proxy/sluice/internal/rtnetlink"
@@ -101,7 +102,7 @@ func (n network) bringUp(device string, addrs []netip.Prefix) (index int, err er
 		return 0, fmt.Errorf("tundev: interface %s: %w", device, err)
 	}
 	// Answers to what other rules sent into the device, and to those whom we forward for, are not what the filter expects.
-	if err := loosen(device); err != nil {
+	if err := n.loosen(device, link.Attrs().Index); err != nil {
 		return 0, err
 	}
 	for _, a := range addrs {
@@ -131,16 +132,35 @@ func (n network) bringUp(device string, addrs []netip.Prefix) (index int, err er
 // nl6GenNone is IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
 const nl6GenNone = 1
 
-// loosen makes the device's reverse-path filter, where there is one, let in what there is any route to.
-func loosen(device string) error {
+// loosen makes the device's reverse-path filter, where there is one, let in what there is any route to. By netlink: in a container,
+// /proc/sys may be read-only.
+func (n network) loosen(device string, index int) error {
 	for _, of := range []string{"all", device} {
 		v, err := os.ReadFile(filepath.Join(sysctl, "ipv4/conf", of, "rp_filter"))
-		if err == nil && strings.TrimSpace(string(v)) == "1" {
-			return setSysctl("ipv4/conf/"+device+"/rp_filter", "2")
+		if err != nil || strings.TrimSpace(string(v)) != "1" {
+			continue
 		}
+		link := nl.NewIfInfomsg(unix.AF_UNSPEC)
+		link.Index = int32(index)
+		families := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
+		settings := families.AddRtAttr(unix.AF_INET, nil).AddRtAttr(ifaInetConf, nil)
+		settings.AddRtAttr(rpFilter, nl.Uint32Attr(2))
+		request := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+		request.AddData(link)
+		request.AddData(families)
+		if _, err := request.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+			return fmt.Errorf("tundev: reverse-path filter of %s: %w", device, err)
+		}
+		return nil
 	}
 	return nil
 }
+
+// Of linux/if_link.h and linux/ip.h.
+const (
+	ifaInetConf = 1 // IFLA_INET_CONF
+	rpFilter    = 8 // IPV4_DEVCONF_RP_FILTER
+)
 
 // setSysctl writes a setting, unless it has that value.
 func setSysctl(name, value string) error {

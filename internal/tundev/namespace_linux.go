@@ -66,14 +66,8 @@ func inodeOf(h netns.NsHandle) (uint64, error) {
 	return st.Ino, nil
 }
 
-// record is the name of its record. A namespace without a name is known by a number, and one with a name by that, since
-// it may be gone and come back.
-func (n *namespace) record() string {
-	if n.name != "" {
-		return "tun-" + n.name + ".json"
-	}
-	return fmt.Sprintf("tun-%d.json", n.inode)
-}
+// record is the name of its record: the same by whatever name, or none, the namespace was opened.
+func (n *namespace) record() string { return fmt.Sprintf("tun-%d.json", n.inode) }
 
 // close closes the handle. Sockets and devices keep the namespace alive.
 func (n *namespace) close() { n.handle.Close() }

@@ -47,11 +47,31 @@ func loopbackOnly(conf []byte) (first netip.Addr, only bool) {
 	return first, true
 }
 
+func namespacePath(etc, namespace string) string { return filepath.Join(etc, namespace, "resolv.conf") }
+
+func namespaceConf(server netip.Addr) string {
+	return "# Made by sluice tun, and removed at its end.\nnameserver " + server.String() + "\n"
+}
+
+// leftFile returns the file that was made for a namespace by a process that is gone, with its record, as after a power cut: /etc
+// outlives it. Nil: there is none, or somebody has changed it.
+func leftFile(etc, namespace string) *madeFile {
+	path := namespacePath(etc, namespace)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil
+	}
+	server, _ := loopbackOnly(b)
+	if string(b) != namespaceConf(server) {
+		return nil
+	}
+	return &madeFile{Path: path, Content: string(b)}
+}
+
 // namespaceFile returns the resolv.conf to make for a namespace, where one is needed: the machine's name server
 // listens on the machine's loopback, which is not the namespace's, and the namespace has no resolv.conf of its own.
 func namespaceFile(etc, namespace string, server netip.Addr) *madeFile {
-	f := &madeFile{Path: filepath.Join(etc, namespace, "resolv.conf"),
-		Content: "# Made by sluice tun, and removed at its end.\nnameserver " + server.String() + "\n"}
+	f := &madeFile{Path: namespacePath(etc, namespace), Content: namespaceConf(server)}
 	if _, err := os.Lstat(f.Path); !errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -65,7 +65,7 @@ func clean(namespace, dir string) (c Cleaned, err error) {
 		return Cleaned{}, err
 	}
 	err = l.ns.do(func() error {
-		c, err = l.leftovers()
+		c, err = l.leftovers(namespacesEtc)
 		return err
 	})
 	return c, errors.Join(err, l.Down())
@@ -102,7 +102,7 @@ func (l *Link) openNetwork() error {
 
 // up does what Up says, in the namespace.
 func (l *Link) up(s *Setup) error {
-	left, err := l.leftovers()
+	left, err := l.leftovers(s.etc)
 	if err != nil {
 		return err
 	}
@@ -186,8 +186,8 @@ func (l *Link) plan(s *Setup) *record {
 }
 
 // leftovers removes what processes have made that are gone: all that bears our numbers, of which a record may not know,
-// since another process wrote it, or nobody; and the files of the record.
-func (l *Link) leftovers() (c Cleaned, err error) {
+// since another process wrote it, or nobody; the files of the record; and that of the namespace, of which etc has them.
+func (l *Link) leftovers(etc string) (c Cleaned, err error) {
 	rec, err := l.state.read()
 	if err != nil {
 		return c, err
@@ -197,6 +197,14 @@ func (l *Link) leftovers() (c Cleaned, err error) {
 	}
 	if rec == nil {
 		rec = new(record)
+	}
+	if rec.Namespace != l.ns.name {
+		rec.Files = nil // they are for one that had this number before, or for this one by its name, and are known by their text
+	}
+	if l.ns.name != "" && len(rec.Files) == 0 {
+		if f := leftFile(etc, l.ns.name); f != nil {
+			rec.Files = append(rec.Files, *f)
+		}
 	}
 	if c, err = l.remove(rec, func(rule) bool { return true }); err == nil {
 		l.record = new(record) // nothing is left

@@ -118,7 +118,9 @@ func (s *state) write(r *record) error {
 func (s *state) close(done bool) error {
 	st, err := s.file.Stat()
 	if done || err == nil && st.Size() == 0 {
-		err = os.Remove(s.path)
+		if err = os.Remove(s.path); errors.Is(err, fs.ErrNotExist) {
+			err = nil // somebody has tidied up
+		}
 	}
 	return errors.Join(err, s.file.Close())
 }

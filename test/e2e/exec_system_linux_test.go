@@ -41,6 +41,15 @@ func TestExecWhereItCannot(t *testing.T) {
 			inside(`mount -t tmpfs none /dev/net; exec "$1" exec true`),
 			"sluice: /dev/net/tun: no such file or directory (the kernel's module tun is not there: `modprobe tun`",
 		},
+		"a /proc that cannot be written to": {
+			inside("mount --rbind /proc /proc; mount -o remount,bind,ro /proc; " + powerless),
+			"/proc is read-only here, as in a container",
+		},
+		"a root directory that is no mount point": {
+			inside(`mount -t tmpfs none /mnt; for d in bin lib lib64 usr etc dev proc tmp; do mkdir -p /mnt/root/$d; mount --rbind /$d /mnt/root/$d; done
+exec chroot /mnt/root "$1" exec true`),
+			"the root directory is no mount point",
+		},
 		"a TUN for root": {
 			userCommand(userOf(t, "", "chmod 600 /dev/net/tun"), "true"),
 			"sluice: /dev/net/tun: permission denied (it should be open to everyone: `chmod 666 /dev/net/tun` as root)",

@@ -355,6 +355,37 @@ func TestTUNKilled(t *testing.T) {
 	n.same(n.host, before)
 }
 
+// TestTUNKilledAnywhere: sluice is killed at any moment of its start, and one tun down, or the next start, finds all that is left.
+func TestTUNKilledAnywhere(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	before := n.dump(n.host)
+	begin := time.Now()
+	n.end(n.tun(), syscall.SIGTERM, 0)
+	took := time.Since(begin)
+	const times = 12
+	partly := 0
+	for i := range times {
+		p := n.start(n.host, binary, "tun", "--dns", "fake", "--exclude", "192.0.2.0/24,2001:db8:1::/48")
+		time.Sleep(took * time.Duration(i) / times) // it is killed whatever it has come to
+		p.cmd.Process.Kill()
+		<-p.done
+		if n.dump(n.host) != before {
+			partly++
+		}
+		if i%4 == 0 {
+			n.end(n.tun("--name", "other0"), syscall.SIGTERM, 0)
+		} else if r := n.run(n.host, binary, "tun", "down"); r.code != 0 {
+			t.Errorf("tun down: code %d: %s%s", r.code, r.stdout, r.stderr)
+		}
+		n.same(n.host, before)
+	}
+	if partly == 0 {
+		t.Error("nothing was ever left behind")
+	}
+	t.Logf("%d of %d had left something", partly, times)
+}
+
 func TestTUNDeviceDeleted(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -525,5 +556,38 @@ func TestTUNRouter(t *testing.T) {
 		if !strings.Contains(p.log.String(), "client="+client+":") {
 			t.Errorf("no session of %s:\n%s", client, p.log)
 		}
+	}
+}
+
+// TestTUNReadOnlySettings: in a container that may not write to /proc/sys, with the strict filter that it has inherited.
+func TestTUNReadOnlySettings(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	before := n.dump(n.host)
+	p := n.start(n.host, "unshare", "-m", "sh", "-ec", `mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys; exec "$@"`,
+		"sh", binary, "tun", "--via", "socks5://10.77.0.1:1080")
+	proxytest.Until(t, "sluice has begun or ended", func() bool { return strings.Contains(p.log.String(), "\n") })
+	n.get(n.host, "http://203.0.113.1/")
+	n.get(n.host, "http://web.test/")
+	n.end(p, syscall.SIGTERM, 0)
+	if sessions(p, "web.test:80") != 1 {
+		t.Errorf("sluice wrote:\n%s", p.log)
+	}
+	n.same(n.host, before)
+}
+
+// TestTUNManySignals: who presses Ctrl-C again and again has the program end at once, and the network as it was all the same.
+func TestTUNManySignals(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	before := n.dump(n.host)
+	for range 8 {
+		p := n.tun("--dns", "fake", "--exclude", "192.0.2.0/24,2001:db8:1::/48")
+		for range 6 {
+			p.cmd.Process.Signal(syscall.SIGTERM)
+			time.Sleep(300 * time.Microsecond) // so that each is one of its own
+		}
+		p.exitCode(t, patience)
+		n.same(n.host, before)
 	}
 }

@@ -132,6 +132,28 @@ func TestUndone(t *testing.T) {
 	}
 }
 
+// TestManySignals: who presses Ctrl-C again and again has the program end at once, and the network as it was all the same.
+func TestManySignals(t *testing.T) {
+	t.Parallel()
+	for _, kind := range kinds {
+		t.Run(kind.name, func(t *testing.T) {
+			l := newLab(t)
+			before := l.router.network(t)
+			for range 5 {
+				s := l.router.startSluice(t, kind.args...)
+				for range 6 {
+					s.cmd.Process.Signal(syscall.SIGTERM)
+					time.Sleep(300 * time.Microsecond) // so that each is one of its own
+				}
+				<-s.done
+				if after := l.router.network(t); after != before {
+					t.Errorf("the network is\n%s\nand was\n%s", after, before)
+				}
+			}
+		})
+	}
+}
+
 // TestFailureLeavesNothing: what cannot be set up in full is not set up at all.
 func TestFailureLeavesNothing(t *testing.T) {
 	t.Parallel()
