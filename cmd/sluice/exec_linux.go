@@ -30,7 +30,8 @@ import (
 func (p *program) exec(ctx context.Context, o *execOptions, path string, args []string) error {
 	c, in := o.wayOut()
 	in.Name = "exec"
-	log := p.logger(c.Log)
+	log, flush := p.logger(c.Log)
+	defer flush()
 	c.Ask(openTerminal())
 	way, err := c.Way(in, log, p.lookupEnv)
 	if e, ok := errors.AsType[*config.Error](err); ok {
@@ -60,6 +61,7 @@ func (p *program) exec(ctx context.Context, o *execOptions, path string, args []
 		return err
 	case status.Signaled():
 		way.Close()
+		flush()
 		endBy(status.Signal())
 	}
 	return commandEnded(status.ExitStatus())

@@ -65,7 +65,9 @@ func (p *program) addProcessors() (undo func()) {
 
 // serve listens at all inbounds of c, says so by announce (nil: in the log), and serves until a signal.
 func (p *program) serve(ctx context.Context, c *config.Config, announce func(*config.Config, []*service)) error {
-	log := p.logger(c.Log)
+	defer signal.Stop(outliveReaders()) // after flush
+	log, flush := p.logger(c.Log)
+	defer flush()
 	if c.OnlySockets() {
 		defer p.addProcessors()()
 	}
@@ -78,7 +80,6 @@ func (p *program) serve(ctx context.Context, c *config.Config, announce func(*co
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, stopSignals()...)
 	defer signal.Stop(signals)
-	defer signal.Stop(outliveReaders())
 	defer closeAll(bounds) // before signals end the process again: it undoes what was changed of the machine's network
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strconv"
@@ -468,6 +469,26 @@ func TestErrorsInOrder(t *testing.T) {
 		"s.yaml:5: foo: unknown key (known: log, idle, half-open, dial-timeout, handshake-timeout, grace, busy-poll, inbounds, outbounds, rules)"
 	if err == nil || err.Error() != want {
 		t.Errorf("got\n%v\nwant\n%s", err, want)
+	}
+}
+
+// TestByteOrderMark: files that an editor on Windows has saved mean what they say.
+func TestByteOrderMark(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"users.txt": "alice:x\r\n",
+		"s.yaml":    "inbounds:\r\n- type: socks5\r\n  listen: 1080\r\n  users-file: users.txt\r\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("\ufeff"+text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := ReadFile(filepath.Join(dir, "s.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	s := secrets{dir: dir, files: map[string][]byte{}}
+	if users, errs := s.users("users.txt", ""); len(errs) > 0 || users["alice"] != "x" {
+		t.Errorf("%q, %v", users, errs)
 	}
 }
 

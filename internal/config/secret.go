@@ -152,5 +152,8 @@ func readUpTo(path string, most int) ([]byte, os.FileMode, error) {
 	if err == nil && len(data) > most {
 		err = fmt.Errorf("%s is larger than %d MiB", path, most>>20)
 	}
-	return data, fi.Mode(), err
+	return bytes.TrimPrefix(data, byteOrderMark), fi.Mode(), err
 }
+
+// byteOrderMark is what editors on Windows begin a text with. It belongs to no first word.
+var byteOrderMark = []byte("\xef\xbb\xbf")

@@ -65,6 +65,8 @@ type listening struct {
 	lines  atomic.Int32 // that wait to be logged
 	done   func()       // finish: made once
 
+	strangers ration
+
 	// Of accept alone: when there was last no slot, and when accepting last failed.
 	full, failing episode
 
@@ -391,7 +393,7 @@ func (s *slots) release() {
 func (l *Listener) admit(conn net.Conn) *client {
 	c := &client{bare: conn, l: l, peer: addrPort(conn.RemoteAddr()), local: addrPort(conn.LocalAddr())}
 	if !l.allows(c.peer.Addr()) {
-		l.s.say(slog.LevelInfo, "client refused by allow/deny", "client", c.peer)
+		l.s.stranger(slog.LevelInfo, "client refused by allow/deny", "client", c.peer)
 		relay.Abort(conn)
 		return nil
 	}

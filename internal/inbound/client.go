@@ -1,7 +1,6 @@
 package inbound
 
 import (
-	"context"
 	"errors"
 	"io"
 	"log/slog"
@@ -111,7 +110,7 @@ func (c *client) fail(err error) {
 	if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) {
 		level = slog.LevelDebug // somebody looked whether the port is open; we are stopping
 	}
-	c.l.s.log.Log(context.Background(), level, "handshake failed",
+	c.l.s.stranger(level, "handshake failed",
 		"client", c.peer, "reason", proxy.ReasonOf(err), "err", err)
 	if proxy.ReasonOf(err) == proxy.Reset || errors.Is(err, net.ErrClosed) {
 		c.Close()

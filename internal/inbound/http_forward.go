@@ -136,7 +136,7 @@ func (f *forwarding) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	user, err := f.authorize(r)
 	if err != nil {
-		f.client.l.s.log.Info("request refused", "client", f.client.peer, "err", err)
+		f.client.l.s.stranger(slog.LevelInfo, "request refused", "client", f.client.peer, "err", err)
 		refuse(w, r, unauthorized)
 		return
 	}

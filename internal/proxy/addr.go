@@ -118,6 +118,11 @@ func parseAddr(s string) (Addr, error) {
 				return Addr{}, fmt.Errorf("proxy: address %q: missing port (as in %s:80)", s, rest)
 			}
 			if _, ipErr := netip.ParseAddr(rest); ipErr == nil {
+				i := strings.LastIndexByte(rest, ':')
+				if _, ipErr := netip.ParseAddr(rest[:i]); ipErr == nil && isDigits(rest[i+1:]) {
+					return Addr{}, fmt.Errorf("proxy: address %q: an IPv6 address stands in brackets (as in [%s]:%s, or [%s]:80)",
+						s, rest[:i], rest[i+1:], rest)
+				}
 				return Addr{}, fmt.Errorf("proxy: address %q: missing port (as in [%s]:80)", s, rest)
 			}
 			return Addr{}, fmt.Errorf("proxy: address %q: not of the form host:port or [ipv6]:port", s)
