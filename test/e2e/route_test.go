@@ -11,7 +11,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sluice-proxy/sluice/internal/outbound"
+	px "github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/proxytest"
+	"github.com/sluice-proxy/sluice/relay"
 )
 
 // upstream is a proxy that origins can tell from others by the address of its connections.
@@ -213,5 +216,76 @@ outbounds:
 	fmt.Fprintf(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 	if b, err := io.ReadAll(c); !strings.HasSuffix(string(b), "\r\n\r\n127.0.0.1\n") {
 		t.Errorf("another program by the forward: %q, %v", b, err)
+	}
+}
+
+// whoOriginUDP starts an origin for datagrams that answers with the address of its peer.
+func whoOriginUDP(t *testing.T) (port uint16) {
+	t.Helper()
+	c, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		for b := make([]byte, 100); ; {
+			_, from, err := c.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			c.WriteToUDPAddrPort([]byte(from.Addr().String()), from)
+		}
+	}()
+	t.Cleanup(func() { c.Close(); <-answered })
+	return c.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+}
+
+// The rules hold for each datagram of an association, and not for the first alone.
+func TestRulesForDatagrams(t *testing.T) {
+	t.Parallel()
+	a, addr := newUpstream(t), freeAddr(t)
+	direct, other, forbidden := whoOriginUDP(t), whoOriginUDP(t), whoOriginUDP(t)
+	s := startFile(t, fmt.Sprintf(`
+inbounds:
+  - {type: mixed, listen: %s, via: ['socks5://%s']}
+rules:
+  - {port: [%d], via: [direct]}
+  - {port: [%d], via: [reject]}
+`, addr, a.addr, direct, forbidden), addr)
+	server, err := px.ParseDst(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := (&outbound.SOCKS5{Server: server}).DialPackets(t.Context(), px.UDP("127.0.0.1", direct))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	stop := time.AfterFunc(patience, func() { c.Close() })
+	defer stop.Stop()
+	send := func(port uint16) {
+		if err := c.WritePacket(&relay.Packet{Endpoint: px.UDP("127.0.0.1", port).Endpoint(), Data: []byte("who?")}); err != nil {
+			t.Error(err)
+		}
+	}
+	var p relay.Packet
+	defer p.Free()
+	for range 3 {
+		for port, want := range map[uint16]string{direct: "127.0.0.1", other: a.ip} {
+			send(port)
+			send(forbidden) // the first would end the association
+			if err := c.ReadPacket(&p); err != nil {
+				t.Fatal(err)
+			}
+			if p.Endpoint.Port != port || string(p.Data) != want {
+				t.Errorf("%v says %s, want %s from %d", p.Endpoint, p.Data, want, port)
+			}
+		}
+	}
+	c.Close()
+	proxytest.Until(t, "the log of it", func() bool { return strings.Contains(s.log.String(), "msg=datagrams") })
+	if l := s.log.String(); !strings.Contains(l, "dropped=6") {
+		t.Error(l)
 	}
 }
