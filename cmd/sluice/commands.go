@@ -2,12 +2,15 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/sluice-proxy/sluice/internal/config"
 	"github.com/sluice-proxy/sluice/internal/proxy"
@@ -44,7 +47,7 @@ Without a command it is a SOCKS5 and HTTP proxy on 127.0.0.1:1080.`,
 			return p.oneInbound(cmd, &o, o.proxyType(), defaultListen, "")
 		},
 	}
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{inWords(err)} })
 	root.SuggestionsMinimumDistance = 2
 	o.addProxy(root.Flags())
 	o.addShared(root.Flags())
@@ -227,6 +230,9 @@ func (p *program) check(file string, q *question) error {
 	if err != nil {
 		return err
 	}
+	if file == "-" {
+		file = stdin
+	}
 	if !asked {
 		rules := ""
 		if n := len(c.Rules); n > 0 {
@@ -253,6 +259,18 @@ func yamlFiles(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirec
 	return []string{"yaml", "yml"}, cobra.ShellCompDirectiveFilterFileExt
 }
 
+// inWords returns err, of a flag, without what Go calls a number that is none.
+func inWords(err error) error {
+	value, ok := errors.AsType[*pflag.InvalidValueError](err)
+	if _, number := errors.AsType[*strconv.NumError](err); !ok || !number {
+		return err
+	}
+	return fmt.Errorf("invalid argument %q for %q flag: it is not a whole number", value.GetValue(), "--"+value.GetFlag().Name)
+}
+
+// stdin is what standard input is called where it stands for a file.
+const stdin = "stdin"
+
 // load reads the configuration file called name, or standard input for "-".
 func (p *program) load(name string) (*config.Config, error) {
 	if name != "-" {
@@ -262,7 +280,7 @@ func (p *program) load(name string) (*config.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("standard input: %w", err)
 	}
-	return config.Load("stdin", data)
+	return config.Load(stdin, data)
 }
 
 // oneInbound runs, or prints, the configuration with the one inbound that a command line describes.
