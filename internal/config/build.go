@@ -108,7 +108,6 @@ func (c *Config) builder(log *slog.Logger, lookupEnv func(string) (string, bool)
 		c:       c,
 		secrets: secrets{dir: c.src.dir, lookupEnv: lookupEnv, files: map[string][]byte{}},
 		errs:    errorList{src: &c.src},
-		log:     log,
 		dialers: map[dialerKey]proxy.Dialer{},
 		mark:    cmp.Or(c.tunMark(), c.captureMark()),
 	}
@@ -131,6 +130,7 @@ func (c *Config) builder(log *slog.Logger, lookupEnv func(string) (string, bool)
 		}
 	}
 	b.kept, b.dialers = nil, map[dialerKey]proxy.Dialer{} // nobody uses those
+	b.log = log                                           // nothing is said of them
 	b.buildRules()
 	return b, nil
 }
@@ -284,7 +284,11 @@ func reverse(in *Inbound, l inbound.Listener, _ inbound.Users) proxy.Inbound {
 func direct(b *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) { return b.direct(o), nil }
 
 func (b *builder) direct(o *Outbound) *outbound.Direct {
-	return &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: cmp.Or(o.Mark, b.mark)}
+	d := &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: cmp.Or(o.Mark, b.mark)}
+	if err := d.Try(); err != nil && b.log != nil {
+		b.log.Warn("nothing can be connected this way as things are", "outbound", o.Name, "err", err)
+	}
+	return d
 }
 
 func socks5Out(b *builder, o *Outbound, via proxy.Dialer) (proxy.Dialer, error) {

@@ -95,6 +95,27 @@ func (d *Direct) control() sockopt.Control {
 	return sockopt.All(options...)
 }
 
+// Try returns what is wrong now with BindAddr, Interface and Mark on this machine, which dials would fail with. It may become right
+// later, as when the interface comes. It sends nothing.
+func (d *Direct) Try() error {
+	if !d.BindAddr.IsValid() && d.Interface == "" && d.Mark == 0 {
+		return nil
+	}
+	lc := net.ListenConfig{Control: d.control()}
+	addr := d.BindAddr
+	if !addr.IsValid() {
+		addr = netip.IPv4Unspecified()
+	}
+	ln, err := lc.Listen(context.Background(), "tcp", netip.AddrPortFrom(addr, 0).String())
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		err = op.Err // nobody asked to listen
+	}
+	if err != nil {
+		return d.explain(err)
+	}
+	return ln.Close()
+}
+
 // explain adds to err what a person can do about settings that do not fit this machine.
 func (d *Direct) explain(err error) error {
 	const wrap = "outbound: direct: %w"

@@ -5,6 +5,7 @@ package outbound
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -70,6 +71,23 @@ func TestDirectBindAddr(t *testing.T) {
 	io.ReadFull(c, make([]byte, 1)) // it has accepted
 	if got := o.Peer().(*net.TCPAddr).IP.String(); got != "127.9.8.7" {
 		t.Errorf("the origin sees %s", got)
+	}
+}
+
+// TestDirectTry: what does not fit this machine is known before the first dial.
+func TestDirectTry(t *testing.T) {
+	proxytest.NoLeaks(t)
+	for want, d := range map[string]*Direct{
+		"": {},
+		"is 192.0.2.1 an address of this machine": {BindAddr: netip.MustParseAddr("192.0.2.1")},
+		"no interface nowhere0":                   {Interface: "nowhere0"},
+	} {
+		if err := d.Try(); (err == nil) != (want == "") || !strings.Contains(fmt.Sprint(err), want) && want != "" {
+			t.Errorf("%+v: %v", d, err)
+		}
+	}
+	if err := (&Direct{BindAddr: netip.MustParseAddr("127.0.0.1")}).Try(); err != nil {
+		t.Error(err)
 	}
 }
 
