@@ -366,8 +366,14 @@ func TestTUNKilledAnywhere(t *testing.T) {
 	const times = 12
 	partly := 0
 	for i := range times {
-		p := n.start(n.host, binary, "tun", "--dns", "fake", "--exclude", "192.0.2.0/24,2001:db8:1::/48")
-		time.Sleep(took * time.Duration(i) / times) // it is killed whatever it has come to
+		flags := []string{"--dns", "fake", "--exclude", "192.0.2.0/24,2001:db8:1::/48"}
+		var p *process
+		if i < times-1 {
+			p = n.start(n.host, binary, append([]string{"tun"}, flags...)...)
+			time.Sleep(took * time.Duration(i) / times) // it is killed whatever it has come to
+		} else {
+			p = n.tun(flags...)
+		}
 		p.cmd.Process.Kill()
 		<-p.done
 		if n.dump(n.host) != before {
