@@ -32,7 +32,7 @@ func TestHTTPRefusalOfContentThatNeverComes(t *testing.T) {
 			addr, _ := startHTTP(t, &HTTP{Users: tt.users}, hosts{"refused.test": syscall.ECONNREFUSED})
 			for _, content := range []string{"Content-Length: 10", "Transfer-Encoding: chunked", "Expect: 100-continue\r\nContent-Length: 10"} {
 				c := dialAddr(t, addr)
-				c.SetDeadline(time.Now().Add(3 * time.Second))
+				c.SetDeadline(time.Now().Add(proxytest.Patience))
 				fmt.Fprintf(c, "POST http://refused.test/ HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", content)
 				if got, err := io.ReadAll(c); err != nil || !strings.HasPrefix(string(got), tt.want) {
 					t.Errorf("%s: got %q, %v", content, got, err)
@@ -46,7 +46,7 @@ func TestHTTPRefusalOfContentThatNeverComes(t *testing.T) {
 func TestHTTPUnauthorizedEndsConn(t *testing.T) {
 	addr, _ := startHTTP(t, &HTTP{Users: Users{"me": "secret"}}, hosts(nil))
 	c := dialAddr(t, addr)
-	c.SetDeadline(time.Now().Add(3 * time.Second))
+	c.SetDeadline(time.Now().Add(proxytest.Patience))
 	fmt.Fprintf(c, "GET http://a.test/ HTTP/1.1\r\nHost: x\r\n\r\n")
 	if got, err := io.ReadAll(c); err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 407 ") {
 		t.Errorf("got %q, %v", got, err)
@@ -70,7 +70,7 @@ func TestHTTPConversation(t *testing.T) {
 		io.WriteString(c, "0\r\n\r\n")
 	})
 	c := dialAddr(t, addr)
-	c.SetDeadline(time.Now().Add(3 * time.Second))
+	c.SetDeadline(time.Now().Add(proxytest.Patience))
 	fmt.Fprintf(c, "POST http://%s/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", o.Addr.HostPort())
 	say := func(s string) { fmt.Fprintf(c, "%x\r\n%s\r\n", len(s), s) }
 	say("one\n")
@@ -104,7 +104,7 @@ func TestHTTPAnswerBeforeContent(t *testing.T) {
 		})
 		for _, content := range []string{"Content-Length: 100000", "Transfer-Encoding: chunked"} {
 			c := dialAddr(t, addr)
-			c.SetDeadline(time.Now().Add(3 * time.Second))
+			c.SetDeadline(time.Now().Add(proxytest.Patience))
 			fmt.Fprintf(c, "POST http://%s/ HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n3\r\nabc\r\n", o.Addr.HostPort(), content)
 			r := bufio.NewReader(c)
 			resp, err := http.ReadResponse(r, nil)
@@ -130,7 +130,7 @@ func TestHTTPTornAnswerBeforeContent(t *testing.T) {
 		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart")
 	})
 	c := dialAddr(t, addr)
-	c.SetDeadline(time.Now().Add(3 * time.Second))
+	c.SetDeadline(time.Now().Add(proxytest.Patience))
 	fmt.Fprintf(c, "POST http://%s/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n", o.Addr.HostPort())
 	got, err := io.ReadAll(c)
 	if !errors.Is(err, syscall.ECONNRESET) || !strings.HasSuffix(string(got), "\r\n\r\npart") {
