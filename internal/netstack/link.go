@@ -30,6 +30,7 @@ type link struct {
 	mtu        atomic.Uint32
 	dispatcher stack.NetworkDispatcher // set before the first packet
 	slices     sync.Pool
+	chunks     chunks
 	answers    answers
 	valid      atomic.Bool // the sums of the packet that is being delivered are known to be right
 	// syn is shown each SYN, before the stack; may be nil.
@@ -47,12 +48,13 @@ func newLink(dev device) *link {
 	l := &link{dev: dev}
 	l.mtu.Store(uint32(dev.MTU()))
 	l.answers.init(l)
+	l.chunks.init()
 	l.slices.New = func() any { return new([][]byte) }
 	return l
 }
 
 // readSizes are those of the memory that a packet is read into. The first holds all headers, and a small packet.
-var readSizes = [...]int{2 << 10, 64 << 10}
+var readSizes = [...]int{2 << 10, chunkSize}
 
 // copyMax is how much of a packet is copied to memory of its size, so that it does not hold more than twice that.
 const copyMax = 32 << 10
@@ -64,9 +66,8 @@ func (l *link) read() error {
 		bufs  [len(readSizes)][]byte
 		h     tundev.Header
 	)
-	for i, n := range readSizes {
-		views[i] = buffer.NewViewSize(n)
-	}
+	views[0], views[1] = buffer.NewViewSize(readSizes[0]), l.chunks.get()
+	defer l.chunks.free()
 	defer func() {
 		for _, v := range views {
 			v.Release()
@@ -96,7 +97,11 @@ func (l *link) read() error {
 			v.CapLength(n)
 			n -= v.Size()
 			payload.Append(v)
-			views[i] = buffer.NewViewSize(readSizes[i])
+			if i == 0 {
+				views[i] = buffer.NewViewSize(readSizes[i])
+			} else {
+				views[i] = l.chunks.get()
+			}
 		}
 		l.deliver(&h, payload)
 	}
