@@ -285,7 +285,10 @@ func direct(b *builder, o *Outbound, _ proxy.Dialer) (proxy.Dialer, error) { ret
 
 func (b *builder) direct(o *Outbound) *outbound.Direct {
 	d := &outbound.Direct{BindAddr: o.Bind.Addr(), Interface: o.Interface, Mark: cmp.Or(o.Mark, b.mark)}
-	if err := d.Try(); err != nil && b.log != nil {
+	if b.log == nil {
+		return d
+	}
+	if err := d.Try(); err != nil {
 		b.log.Warn("nothing can be connected this way as things are", "outbound", o.Name, "err", err)
 	}
 	return d
