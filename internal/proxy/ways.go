@@ -25,15 +25,18 @@ type ways struct {
 	cancel  context.CancelFunc
 
 	// Of Way alone.
-	known  map[relay.Endpoint]way
-	opened map[string]relay.PacketConn // beside the first
+	known  map[relay.Endpoint]way // by place
+	opened map[string]way         // by name; or that could not be opened
 }
 
 type way struct {
 	conn relay.PacketConn // nil: the first
-	err  error            // known until then
+	err  error            // holds until then
 	then time.Time
 }
+
+// holds says whether w is still to be gone by.
+func (w way) holds() bool { return w.err == nil || time.Now().Before(w.then) }
 
 const (
 	placesKnown = 256             // that are kept of one session
@@ -56,39 +59,40 @@ func (s *session) byRules(ctx context.Context, c relay.PacketConn, f Flow) relay
 	ctx, cancel := context.WithCancel(ctx)
 	return &ways{
 		PacketConn: c, session: s, router: router, flow: f, ctx: ctx, cancel: cancel,
-		known: map[relay.Endpoint]way{f.Dst.Endpoint(): {}}, opened: make(map[string]relay.PacketConn),
+		known: map[relay.Endpoint]way{f.Dst.Endpoint(): {}}, opened: make(map[string]way),
 	}
 }
 
 // Way implements relay.Switch. It opens a way that is new; others of the session's datagrams wait meanwhile.
 func (w *ways) Way(e relay.Endpoint) (relay.PacketConn, error) {
-	if k, ok := w.known[e]; ok && (k.err == nil || time.Now().Before(k.then)) {
+	if k, ok := w.known[e]; ok && k.holds() {
 		return k.conn, k.err
-	}
-	f := w.flow
-	f.Dst = UDP(e.Host(), e.Port)
-	k := way{then: time.Now().Add(wayRetry)}
-	switch name, d := w.router.Route(f); {
-	case name == w.session.outbound:
-	case w.opened[name] != nil:
-		k.conn = w.opened[name]
-	default:
-		if k.conn, k.err = w.open(d, f.Dst); k.err == nil {
-			w.opened[name] = k.conn
-		}
 	}
 	if len(w.known) >= placesKnown {
 		clear(w.known)
 	}
+	k := w.choose(e)
 	w.known[e] = k
 	return k.conn, k.err
 }
 
-func (w *ways) open(d Dialer, dst Addr) (relay.PacketConn, error) {
-	if d, ok := d.(Denier); ok {
-		return nil, d.Denied(dst)
+func (w *ways) choose(e relay.Endpoint) way {
+	f := w.flow
+	f.Dst = UDP(e.Host(), e.Port)
+	name, dialer := w.router.Route(f)
+	if name == w.session.outbound {
+		return way{}
 	}
-	return w.session.dialPackets(w.ctx, d, dst)
+	if d, ok := dialer.(Denier); ok {
+		return way{err: d.Denied(f.Dst), then: time.Now().Add(wayRetry)}
+	}
+	k, ok := w.opened[name]
+	if !ok || !k.holds() {
+		k.conn, k.err = w.session.dialPackets(w.ctx, dialer, f.Dst)
+		k.then = time.Now().Add(wayRetry)
+		w.opened[name] = k
+	}
+	return k
 }
 
 // Close closes the first way, and has none opened any more.
