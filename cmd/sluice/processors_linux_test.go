@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -47,10 +46,10 @@ func TestLoopForEachProcessor(t *testing.T) {
 				t.Fatalf("%q, %v", line, err)
 			}
 			proxytest.Until(t, fmt.Sprint("there are ", tt.loops, " loops"), func() bool {
-				polls, dir := -1, fmt.Sprintf("/proc/%d/fd", cmd.Process.Pid) // one is the runtime's
-				fds, _ := os.ReadDir(dir)
+				polls := -1 // one is the runtime's
+				fds, _ := proxytest.Descriptors(cmd.Process.Pid)
 				for _, fd := range fds {
-					if to, _ := os.Readlink(filepath.Join(dir, fd.Name())); to == "anon_inode:[eventpoll]" {
+					if strings.HasSuffix(fd, " anon_inode:[eventpoll]") {
 						polls++
 					}
 				}

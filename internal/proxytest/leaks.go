@@ -144,6 +144,18 @@ func openFiles() map[string]string {
 	return all
 }
 
+// Descriptors returns those that a process has open, each with what it is of: "3 socket:[17]".
+func Descriptors(pid int) (open []string, err error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		if to, err := os.Readlink(filepath.Join(dir, e.Name())); err == nil {
+			open = append(open, e.Name()+" "+to)
+		}
+	}
+	return open, err
+}
+
 // socketDetails returns the line of /proc/net that tells what a socket is connected to.
 func socketDetails(file string) string {
 	_, inode, ok := strings.Cut(file, "socket:[")

@@ -167,14 +167,7 @@ func (p *process) exitCode(t *testing.T, limit time.Duration) int {
 
 // fds returns what the process has open, by descriptor.
 func (p *process) fds() []string {
-	dir := fmt.Sprintf("/proc/%d/fd", p.cmd.Process.Pid)
-	entries, _ := os.ReadDir(dir)
-	var open []string
-	for _, e := range entries {
-		if to, err := os.Readlink(filepath.Join(dir, e.Name())); err == nil {
-			open = append(open, e.Name()+" "+to)
-		}
-	}
+	open, _ := proxytest.Descriptors(p.cmd.Process.Pid)
 	return open
 }
 
