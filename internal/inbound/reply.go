@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/sluice-proxy/sluice/internal/proxy"
 	"github.com/sluice-proxy/sluice/internal/sockopt"
 	"github.com/sluice-proxy/sluice/relay"
 )
@@ -70,7 +71,7 @@ func (r *replySockets) take(origin netip.AddrPort) (*replySocket, error) {
 
 func (r *replySockets) bind(origin netip.AddrPort) (*replySocket, error) {
 	ip := origin.Addr()
-	if origin.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || ip.IsLoopback() || ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}) || r.isOwn(ip) {
+	if !proxy.IsHost(origin) || r.isOwn(ip) {
 		return nil, errNotAnOrigin
 	}
 	network := "udp4"

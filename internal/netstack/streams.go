@@ -399,11 +399,7 @@ func isWay(from, to netip.AddrPort) bool {
 }
 
 // isHost says whether a can be a place at a host. IPv4 is not sent in IPv6's addresses.
-func isHost(a netip.AddrPort) bool {
-	ip := a.Addr()
-	return ip.IsValid() && !ip.IsUnspecified() && !ip.IsMulticast() && !ip.IsLoopback() && !ip.Is4In6() &&
-		ip != netip.AddrFrom4([4]byte{255, 255, 255, 255}) && a.Port() != 0
-}
+func isHost(a netip.AddrPort) bool { return proxy.IsHost(a) && !a.Addr().Is4In6() }
 
 // An episode is a time of trouble, which is logged once: when it begins.
 type episode struct{ last time.Time }

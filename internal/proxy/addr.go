@@ -153,3 +153,10 @@ func ClientNetwork(ip netip.Addr) netip.Prefix {
 	network, _ := ip.Prefix(bits) // fails for the zero Addr only
 	return network
 }
+
+// IsHost says whether a can be a place at another host: no machine's own loopback, and nothing that is for many.
+func IsHost(a netip.AddrPort) bool {
+	ip := a.Addr()
+	return ip.IsValid() && !ip.IsUnspecified() && !ip.IsMulticast() && !ip.IsLoopback() &&
+		ip != netip.AddrFrom4([4]byte{255, 255, 255, 255}) && a.Port() != 0
+}
