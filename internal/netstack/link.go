@@ -53,8 +53,9 @@ func newLink(dev device) *link {
 	return l
 }
 
-// readSizes are those of the memory that a packet is read into. The first holds all headers, and a small packet.
-var readSizes = [...]int{2 << 10, chunkSize}
+// headSize is that of the first part of the memory that a packet is read into. It holds all headers, and a small packet; what is
+// behind it goes to a chunk.
+const headSize = 2 << 10
 
 // copyMax is how much of a packet is copied to memory of its size, so that it does not hold more than twice that.
 const copyMax = 32 << 10
@@ -62,11 +63,13 @@ const copyMax = 32 << 10
 // read passes packets to the stack until the device fails.
 func (l *link) read() error {
 	var (
-		views [len(readSizes)]*buffer.View
-		bufs  [len(readSizes)][]byte
+		views [2]*buffer.View
+		bufs  [len(views)][]byte
 		h     tundev.Header
 	)
-	views[0], views[1] = buffer.NewViewSize(readSizes[0]), l.chunks.get()
+	for i := range views {
+		views[i] = l.memory(i)
+	}
 	defer l.chunks.free()
 	defer func() {
 		for _, v := range views {
@@ -97,14 +100,18 @@ func (l *link) read() error {
 			v.CapLength(n)
 			n -= v.Size()
 			payload.Append(v)
-			if i == 0 {
-				views[i] = buffer.NewViewSize(readSizes[i])
-			} else {
-				views[i] = l.chunks.get()
-			}
+			views[i] = l.memory(i)
 		}
 		l.deliver(&h, payload)
 	}
+}
+
+// memory returns that for part i of a packet.
+func (l *link) memory(i int) *buffer.View {
+	if i == 0 {
+		return buffer.NewViewSize(headSize)
+	}
+	return l.chunks.get()
 }
 
 // deliver passes a packet to the stack. It owns payload.
