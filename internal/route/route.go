@@ -93,11 +93,12 @@ func (r *Router) find(f *proxy.Flow, mayBlock bool) (i int, ok bool) {
 		if len(rule.Processes) == 0 {
 			return i, true
 		}
-		if !asked {
-			asked = true
-			if owner, found, ok = r.owner(f, mayBlock); !ok {
+		if !asked && r.Owners != nil && f.Client.IsValid() {
+			if !mayBlock {
 				return -1, false
 			}
+			asked = true
+			owner, found = r.owner(f)
 		}
 		if found && slices.ContainsFunc(rule.Processes, func(p Processes) bool { return p.Contains(&owner) }) {
 			return i, true
@@ -106,19 +107,12 @@ func (r *Router) find(f *proxy.Flow, mayBlock bool) (i int, ok bool) {
 	return -1, true
 }
 
-func (r *Router) owner(f *proxy.Flow, mayBlock bool) (o process.Owner, found, ok bool) {
-	if r.Owners == nil || !f.Client.IsValid() {
-		return o, false, true
-	}
+func (r *Router) owner(f *proxy.Flow) (process.Owner, bool) {
 	network := "tcp"
 	if f.Dst.Network == "udp" {
 		network = "udp"
 	}
-	if !mayBlock {
-		return o, false, false
-	}
-	o, found = r.Owners.Owner(f.Client, f.Local, network)
-	return o, found, true
+	return r.Owners.Owner(f.Client, f.Local, network)
 }
 
 // holds says whether the conditions hold that can be known without I/O.
