@@ -46,6 +46,11 @@ func (l *Limiter) Rate() int64 { return l.rate }
 func (l *Limiter) allowed(now int64) int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	return l.fill(now)
+}
+
+// fill adds what the time has brought, and returns what is left. The lock is held.
+func (l *Limiter) fill(now int64) int64 {
 	burst := max(l.rate/10, 1)
 	// In floating point, as the product of a high rate and a long silence is in no integer's range.
 	switch add := float64(l.rate) * float64(now-l.last) / float64(time.Second); {
@@ -61,9 +66,9 @@ func (l *Limiter) allowed(now int64) int64 {
 // allowedTo is allowed for one of many. Where others wait it is 0 but for the first of them, whose turn is all there is, once
 // that is worth a turn: what a tick brings. But where much is left unused nobody waits.
 func (l *Limiter) allowedTo(p *place, now int64) int64 {
-	left := l.allowed(now)
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	left := l.fill(now)
 	if now-p.asked > int64(throttleTick) {
 		p.turn = 0
 	}

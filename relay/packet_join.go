@@ -103,8 +103,7 @@ type packetPair struct {
 	ways     Switch     // nil: one way
 	toClient sync.Mutex // held to write to the client, where there are more
 	mu       sync.Mutex
-	others   []PacketConn // what the Switch has returned
-	closed   bool
+	others   []PacketConn // what the Switch has returned; those that came before over was closed are closed by end
 
 	once  sync.Once
 	over  chan struct{}
@@ -146,7 +145,6 @@ func (p *packetPair) end(s Side, how End, err error) {
 		}
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.closed = true
 		for _, c := range p.others {
 			c.Close()
 		}
@@ -164,15 +162,17 @@ func (p *packetPair) way(e Endpoint) (PacketConn, error) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	switch {
-	case slices.Contains(p.others, c):
-	case p.closed:
+	if slices.Contains(p.others, c) {
+		return c, nil
+	}
+	select {
+	case <-p.over:
 		c.Close()
 		return nil, net.ErrClosed
 	default:
-		p.others = append(p.others, c)
-		p.pumps.Go(func() { p.pump(B, c) })
 	}
+	p.others = append(p.others, c)
+	p.pumps.Go(func() { p.pump(B, c) })
 	return c, nil
 }
 
